@@ -1,0 +1,63 @@
+"""Typed errors: every failure a user can cause has its own class, and says what would work.
+
+All derive from `GraphoptError`, so `except GraphoptError` catches whatever graphopt itself
+refuses and nothing else.
+"""
+
+from __future__ import annotations
+
+
+class GraphoptError(Exception):
+    """Base of every error raised on purpose by graphopt."""
+
+
+class UnsupportedError(GraphoptError):
+    """An option, format or feature that is not supported; the text names it and what is."""
+
+
+class ModelNotFoundError(GraphoptError):
+    """A model reference that is neither a folder, a GGUF file, a built-in nor a reachable hub name."""
+
+
+class DownloadError(GraphoptError):
+    """Weights could not be fetched, or what arrived is not what was pinned."""
+
+
+class WeightFormatError(GraphoptError):
+    """A weight file that is damaged, pickled, or does not fit the model's configuration."""
+
+
+class CaptureError(GraphoptError):
+    """The model could not be captured as one graph without changing its meaning."""
+
+
+class VerifyError(GraphoptError):
+    """A graph broke an invariant of the IR; the text names the pass, the node and the invariant."""
+
+
+class PassError(GraphoptError):
+    """A pass could not be run: unknown name, unmet requirement, cycle in the declared order."""
+
+
+class RowDependenceError(PassError):
+    """An op outside attention mixes token rows, so no KV cache can be inserted."""
+
+
+class ExpectationError(GraphoptError):
+    """`compile(expect=...)` named a count that the run did not reach."""
+
+
+class BackendError(GraphoptError):
+    """A backend could not lower or run a graph."""
+
+
+class ProgramFormatError(GraphoptError):
+    """A saved program is incomplete, altered, or written by an incompatible version."""
+
+
+class RequestError(GraphoptError):
+    """A generation request whose parameters or tokens are not acceptable."""
+
+
+class CapacityError(RequestError):
+    """A request that could never fit into the KV cache, or the queue is full."""
