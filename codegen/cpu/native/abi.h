@@ -9,8 +9,16 @@
 
 enum DType : int32_t { F32 = 0, BF16 = 1, F16 = 2, I64 = 3, I32 = 4, U8 = 5, I8 = 6, BOOL = 7 };
 
-// syms[SYM_ONE] == 1 always; tokens T, requests R, logit rows L of the step.
-enum Sym : int32_t { SYM_ONE = 0, SYM_TOKENS = 1, SYM_REQUESTS = 2, SYM_LOGIT_ROWS = 3, SYM_COUNT = 4 };
+// syms[SYM_ONE] == 1 always; then tokens T, requests R, logit rows L and the columns of the block
+// table of this step (the block table is dense int64 [R, columns]).
+enum Sym : int32_t {
+  SYM_ONE = 0,
+  SYM_TOKENS = 1,
+  SYM_REQUESTS = 2,
+  SYM_LOGIT_ROWS = 3,
+  SYM_BLOCK_COLUMNS = 4,
+  SYM_COUNT = 5,
+};
 
 enum Op : int32_t {
   OP_EMBED = 0,            // out, ids, weight
