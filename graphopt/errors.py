@@ -16,7 +16,7 @@ class UnsupportedError(GraphoptError):
 
 
 class ModelNotFoundError(GraphoptError):
-    """A model reference that is neither a folder, a GGUF file, a built-in nor a reachable hub name."""
+    """A model reference that is no folder, GGUF file, built-in or reachable hub name."""
 
 
 class DownloadError(GraphoptError):

@@ -1,0 +1,151 @@
+"""torch.export -> Graph: weights lifted out by name, provenance read off, symbols named.
+
+The ExportedProgram is functionalised (`run_decompositions({})`) only when an op in it writes to
+its argument, so SDPA, linear and friends stay whole.
+"""
+
+from __future__ import annotations
+
+import os.path
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+
+from graphopt.errors import CaptureError
+from graphopt.ir.graph import Graph, InputSpec, graph_module
+from graphopt.ops.registry import is_impure
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_WEIGHT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+def layer_of(node: fx.Node) -> str:
+    """Module path of the innermost module that was running, "" at the top."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path, _class = list(stack.values())[-1]
+    path = str(path).removeprefix("L['self'].").removeprefix("L__self__.")
+    return "" if path.startswith("_empty_nn_module_stack") else path.partition("@")[0]
+
+
+def source_of(node: fx.Node) -> str:
+    """`modeling_llama.py:164` of the innermost model frame; torch's own frames are skipped."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    torch_folder = os.path.dirname(torch.__file__)
+    own_folder = os.path.dirname(__file__)
+    for path, line in reversed(frames):
+        if not path.startswith((torch_folder, own_folder)):
+            return f"{os.path.basename(path)}:{line}"
+    return ""
+
+
+def functional(program: ExportedProgram) -> ExportedProgram:
+    """The program without in-place ops; untouched when there are none."""
+    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    if any(is_impure(n.target) for n in calls):
+        functionalised: ExportedProgram = program.run_decompositions({})
+        return functionalised
+    return program
+
+
+def graph_from_exported(
+    program: ExportedProgram, name: str, symbol_names: Mapping[str, str] | None = None
+) -> Graph:
+    """Turn an ExportedProgram into a `Graph`.
+
+    symbol_names: expression of a symbolic size -> readable name.
+    Raises CaptureError for mutated buffers or inputs, higher-order ops and non-tensor outputs.
+    """
+    program = functional(program)
+    signature = program.graph_signature
+    for spec in signature.output_specs:
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            raise CaptureError(
+                f"the model changes its state ({spec.kind.name.lower()} of {spec.target}); "
+                "graphopt captures pure forwards: pass use_cache=False or remove the mutation"
+            )
+    weights: dict[str, Tensor] = {}
+    lifted: dict[str, str] = {}
+    first_name: dict[int, str] = {}
+    for input_spec in signature.input_specs:
+        if input_spec.kind in _WEIGHT_KINDS:
+            target = str(input_spec.target)
+            data = (
+                program.state_dict[target]
+                if target in program.state_dict
+                else program.constants[target]
+            )
+            if not isinstance(data, Tensor):
+                raise CaptureError(f"weight {target} is a {type(data).__name__}, not a tensor")
+            # Tied weights become one weight, under the first name.
+            shared = first_name.setdefault(id(data), target)
+            weights.setdefault(shared, data.detach())
+            lifted[input_spec.arg.name] = shared
+        elif input_spec.kind is not InputKind.USER_INPUT:
+            raise CaptureError(f"graph input {input_spec.arg.name} of kind {input_spec.kind.name}")
+
+    new = fx.Graph()
+    mapping: dict[fx.Node, Any] = {}
+    weight_nodes: dict[str, fx.Node] = {}
+    inputs: list[InputSpec] = []
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            if node.name in lifted:
+                if lifted[node.name] in weight_nodes:
+                    mapping[node] = weight_nodes[lifted[node.name]]
+                    continue
+                made = new.create_node("get_attr", lifted[node.name])
+                weight_nodes[lifted[node.name]] = made
+            elif isinstance(node.meta.get("val"), Tensor):
+                made = new.placeholder(node.name)
+                inputs.append(InputSpec(node.name))
+            else:
+                # A Python constant (use_cache=False): its value was burnt into the graph.
+                continue
+        elif node.op == "output":
+            made = new.output(tuple(_flat_outputs(node, mapping)))
+        elif node.op == "call_function":
+            module = str(getattr(node.target, "__module__", ""))
+            is_op = isinstance(node.target, torch._ops.OpOverload)
+            if not is_op and module not in ("_operator", "operator", "math", "torch"):
+                raise CaptureError(
+                    f"{node.target} is not an op graphopt can rewrite "
+                    f"({source_of(node) or node.name})"
+                )
+            made = new.node_copy(node, mapping.__getitem__)
+        else:
+            raise CaptureError(f"node {node.name} of kind {node.op} (higher-order op?)")
+        made.meta = {
+            "val": node.meta.get("val"),
+            "layer": layer_of(node),
+            "source": source_of(node),
+            "history": frozenset([node.name]),
+        }
+        mapping[node] = made
+    graph = Graph(
+        name,
+        graph_module(new),
+        tuple(inputs),
+        weights,
+        symbols=dict(symbol_names or {}),
+    )
+    graph.prune_weights()
+    return graph
+
+
+def _flat_outputs(node: fx.Node, mapping: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
+    outputs = []
+    (values,) = node.args
+    assert isinstance(values, (tuple, list))
+    for value in values:
+        if isinstance(value, fx.Node):
+            outputs.append(mapping[value])
+        elif value is not None:
+            raise CaptureError(f"the model returns {value!r}; only tensors can be graph outputs")
+    return outputs

@@ -1,0 +1,51 @@
+"""Settings that come from the environment: the only file of graphopt that reads `os.environ`.
+
+| field   | variable         | default             | meaning                                           |
+|---------|------------------|---------------------|---------------------------------------------------|
+| cache   | GRAPHOPT_CACHE   | ~/.cache/graphopt   | folder for fetched weights and converted files    |
+| offline | GRAPHOPT_OFFLINE | 0                   | 1: never touch the network, fail with what is missing |
+
+Functions take a `Config` and read `Config.from_environment()` only when they were given none, so
+that a program can set everything in code.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from graphopt.errors import UnsupportedError
+
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"", "0", "false", "no", "off"})
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What the user set about the surroundings, not about a model. See the table above."""
+
+    cache: Path
+    offline: bool = False
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Config:
+        """Read `environment` (default `os.environ`). Raises UnsupportedError on a bad flag."""
+        env = os.environ if environment is None else environment
+        cache = env.get("GRAPHOPT_CACHE") or "~/.cache/graphopt"
+        return cls(cache=Path(cache).expanduser(), offline=_flag(env, "GRAPHOPT_OFFLINE"))
+
+
+def _flag(env: Mapping[str, str], variable: str) -> bool:
+    text = env.get(variable, "").strip().lower()
+    if text in _TRUE:
+        return True
+    if text in _FALSE:
+        return False
+    raise UnsupportedError(f"{variable}={text!r} is neither on (1) nor off (0)")
+
+
+def child_environment(**overrides: str) -> dict[str, str]:
+    """This process's environment with `overrides`, for a child process."""
+    return {**os.environ, **overrides}

@@ -1,0 +1,20 @@
+"""Dead-node removal that knows which ops write to the KV cache."""
+
+from __future__ import annotations
+
+from graphopt.ir.graph import Graph
+from graphopt.ops.registry import is_impure
+
+
+def remove_dead(graph: Graph) -> int:
+    """Erase calls and weight reads nobody uses, except ops that write; returns how many."""
+    removed = 0
+    for node in reversed(list(graph.nodes)):
+        if node.users or node.op in ("placeholder", "output"):
+            continue
+        if node.op == "call_function" and is_impure(node.target):
+            continue
+        graph.fx_graph.erase_node(node)
+        removed += 1
+    graph.prune_weights()
+    return removed

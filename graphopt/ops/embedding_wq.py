@@ -1,0 +1,60 @@
+"""graphopt::embedding_wq: rows of a low-bit embedding table, dequantized on the way out.
+
+Layout of codes, scales and zeros: `graphopt.ir.weights`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphopt.ir.weights import dequantize_codes
+from graphopt.ops.registry import Cost, define, nbytes
+
+SCHEMA = (
+    "embedding_wq(Tensor ids, Tensor codes_NKp, Tensor scale_NG, Tensor? zero_NG=None, *, "
+    "int bits, int group, int offset, ScalarType dtype) -> Tensor"
+)
+
+
+def reference(
+    ids: Tensor,
+    codes_NKp: Tensor,
+    scale_NG: Tensor,
+    zero_NG: Tensor | None = None,
+    *,
+    bits: int,
+    group: int,
+    offset: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Only the rows asked for are dequantized. Result `[*ids.shape, K]` in `dtype`."""
+    flat = ids.flatten()
+    zero = None if zero_NG is None else zero_NG[flat]
+    rows = dequantize_codes(codes_NKp[flat], scale_NG[flat], zero, bits, group, offset)
+    return rows.to(dtype).unflatten(0, ids.shape)
+
+
+def fake(
+    ids: Tensor,
+    codes_NKp: Tensor,
+    scale_NG: Tensor,
+    zero_NG: Tensor | None = None,
+    *,
+    bits: int,
+    group: int,
+    offset: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`[*ids.shape, K]` in `dtype`."""
+    width = codes_NKp.shape[1] * (2 if bits == 4 else 1)
+    return torch.empty((*ids.shape, width), dtype=dtype, device=ids.device)
+
+
+def cost(ids: Tensor, codes_NKp: Tensor, scale_NG: Tensor, *_: object, **__: object) -> Cost:
+    """Two operations an element; the rows read once."""
+    row_bytes = nbytes(codes_NKp, scale_NG) / codes_NKp.shape[0]
+    return Cost(2.0 * ids.numel() * codes_NKp.shape[1], ids.numel() * row_bytes)
+
+
+SPEC = define(SCHEMA, reference=reference, fake=fake, cost=cost)

@@ -1,0 +1,78 @@
+"""graphopt::linear_wq: a linear layer whose weight stays in n bits.
+
+    y = x @ W^T + bias,   W[n, k] = scale[n, k/group] * (code[n, k] - offset) + zero[n, k/group]
+
+Layout of codes, scales and zeros: `graphopt.ir.weights`. `activation` says what the products see:
+"float": x as it is; "int8": x rounded to int8 in groups of 32 columns, scale = absmax / 127
+(what llama.cpp does too), so that the inner products are exact integers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphopt.ir.weights import dequantize_codes
+from graphopt.ops.registry import Cost, define, nbytes
+
+SCHEMA = (
+    "linear_wq(Tensor x, Tensor codes_NKp, Tensor scale_NG, Tensor? zero_NG=None, "
+    "Tensor? bias_N=None, *, int bits, int group, int offset, str activation) -> Tensor"
+)
+ACTIVATION_GROUP = 32
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes as float `[..., K/32, 32]`, scale `[..., K/32, 1]`), symmetric, round half to even."""
+    grouped = x.float().unflatten(-1, (-1, ACTIVATION_GROUP))
+    scale = grouped.abs().amax(-1, keepdim=True) / 127.0
+    inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
+    return torch.round(grouped * inverse), scale
+
+
+def reference(
+    x: Tensor,
+    codes_NKp: Tensor,
+    scale_NG: Tensor,
+    zero_NG: Tensor | None = None,
+    bias_N: Tensor | None = None,
+    *,
+    bits: int,
+    group: int,
+    offset: int,
+    activation: str,
+) -> Tensor:
+    """Dequantize, multiply in float32, cast to x's dtype."""
+    weight_NK = dequantize_codes(codes_NKp, scale_NG, zero_NG, bits, group, offset)
+    wide = x.float()
+    if activation == "int8":
+        codes, scale = quantize_activations(x)
+        wide = (codes * scale).flatten(-2)
+    y = wide @ weight_NK.t()
+    if bias_N is not None:
+        y = y + bias_N.float()
+    return y.to(x.dtype)
+
+
+def fake(x: Tensor, codes_NKp: Tensor, *_: object, **__: object) -> Tensor:
+    """`[..., N]` in x's dtype."""
+    return x.new_empty((*x.shape[:-1], codes_NKp.shape[0]))
+
+
+def cost(
+    x: Tensor,
+    codes_NKp: Tensor,
+    scale_NG: Tensor,
+    zero_NG: Tensor | None = None,
+    bias_N: Tensor | None = None,
+    **_: object,
+) -> Cost:
+    """A dense product's operations; only the packed weight's bytes."""
+    n = codes_NKp.shape[0]
+    rows = x.numel() // x.shape[-1]
+    out_bytes = rows * n * x.element_size()
+    weight_bytes = nbytes(codes_NKp, scale_NG, zero_NG, bias_N)
+    return Cost(2.0 * x.numel() * n, nbytes(x) + weight_bytes + out_bytes)
+
+
+SPEC = define(SCHEMA, reference=reference, fake=fake, cost=cost)

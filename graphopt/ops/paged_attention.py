@@ -1,0 +1,83 @@
+"""graphopt::paged_attention: causal attention of many requests' token rows over the paged cache.
+
+Rows of request r are `query_start[r] .. query_start[r+1]`; its context is `kv_lens[r]` tokens long,
+these rows included and already written, and lies in blocks `block_tables[r]`. Row i of it has
+position `kv_lens[r] - rows + i` and sees keys at its own position or before (within `window`).
+Source: vLLM's PagedAttention (Kwon et al. 2023, arXiv 2309.06180).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from graphopt.ops import attention
+from graphopt.ops.registry import Cost, define, nbytes
+
+SCHEMA = (
+    "paged_attention(Tensor q_BHTD, Tensor k_cache, Tensor v_cache, Tensor block_tables, "
+    "Tensor query_start, Tensor kv_lens, Tensor? sinks_H=None, *, float scale, int window=0, "
+    "float softcap=0.0) -> Tensor"
+)
+
+
+def reference(
+    q_BHTD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    kv_lens: Tensor,
+    sinks_H: Tensor | None = None,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Gather each request's context and call the dense reference."""
+    heads, rows = q_BHTD.shape[1], q_BHTD.shape[2]
+    out_BHTE = q_BHTD.new_empty((1, heads, rows, v_cache.shape[-1]))
+    starts, lengths = query_start.tolist(), kv_lens.tolist()
+    for request, length in enumerate(lengths):
+        first, last = starts[request], starts[request + 1]
+        k_1GTD, v_1GTE = (
+            storage[block_tables[request]].flatten(0, 1)[:length].transpose(0, 1)[None]
+            for storage in (k_cache, v_cache)
+        )
+        out_BHTE[:, :, first:last] = attention.reference(
+            q_BHTD[:, :, first:last],
+            k_1GTD,
+            v_1GTE,
+            sinks_H=sinks_H,
+            scale=scale,
+            causal=True,
+            window=window,
+            softcap=softcap,
+        )
+    return out_BHTE
+
+
+def fake(q_BHTD: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object, **__: object) -> Tensor:
+    """Result `[1, H, T, E]` in the query's dtype."""
+    b, h, t, _d = q_BHTD.shape
+    return q_BHTD.new_empty((b, h, t, v_cache.shape[-1]))
+
+
+def cost(
+    q_BHTD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    *_: object,
+    **__: object,
+) -> Cost:
+    """An upper bound from the block table: every row against every block listed."""
+    _b, h, t, d = q_BHTD.shape
+    requests, columns = block_tables.shape
+    block_size, kv_heads = k_cache.shape[1], k_cache.shape[2]
+    context = columns * block_size
+    e = v_cache.shape[-1]
+    kv_bytes = requests * context * kv_heads * (d + e) * k_cache.element_size()
+    return Cost(2.0 * h * t * context * (d + e), nbytes(q_BHTD) * 2.0 + kv_bytes)
+
+
+SPEC = define(SCHEMA, reference=reference, fake=fake, cost=cost)

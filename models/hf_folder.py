@@ -1,0 +1,155 @@
+"""Hugging Face folders and hub names: config.json + safetensors, through transformers.
+
+Contract: only `*.safetensors` are read (a folder with pickled weights alone is refused, never
+opened), code that ships with a model is never run (`trust_remote_code` stays off), and every
+parameter must come from the files with the shape the configuration gives it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from graphopt.capture.source import ModelSource
+from graphopt.config import Config
+from graphopt.errors import ModelNotFoundError, UnsupportedError, WeightFormatError
+
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def fetch_hub_folder(name: str, config: Config) -> Path:
+    """Local snapshot of the hub repository `name`, from huggingface_hub's cache when offline.
+
+    Raises ModelNotFoundError saying what was tried.
+    """
+    tried = f"no local path {name!r}"
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=_WANTED, local_files_only=config.offline)
+        )
+    # huggingface_hub raises its own classes, httpx's and OSError: all mean "could not be had".
+    except Exception as error:
+        where = (
+            "huggingface_hub's local cache only, since GRAPHOPT_OFFLINE is set"
+            if config.offline
+            else "the Hugging Face hub and its local cache"
+        )
+        raise ModelNotFoundError(
+            f"{name!r} could not be loaded; tried: {tried}; {where} "
+            f"({type(error).__name__}: {_first_line(error)}). Check the name, the network and, for "
+            "a gated model, `hf auth login`; or give a local folder or .gguf file"
+        ) from error
+
+
+def load_folder(folder: Path, *, name: str, dtype: torch.dtype) -> ModelSource:
+    """Load a local folder. Raises ModelNotFoundError, WeightFormatError, UnsupportedError."""
+    _check_files(folder)
+    config = _read_config(folder)
+    module = _read_module(folder, config, dtype)
+    return ModelSource(
+        module=module.eval(),
+        name=name,
+        tokenizer=_read_tokenizer(folder),
+        eos_token_ids=_end_token_ids(module),
+        dtype=dtype,
+    )
+
+
+def _check_files(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        files = sorted(folder.glob("*.gguf"))
+        hint = f"; did you mean the file {files[0]}?" if files else ""
+        raise ModelNotFoundError(f"{folder} has no config.json, so it is no model folder{hint}")
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
+    raise WeightFormatError(
+        f"{folder} has no *.safetensors"
+        + (f", only {', '.join(pickled)}" if pickled else "")
+        + ". Pickled weights can run code when they are read, so graphopt never opens them. Where "
+        "you trust them, convert once: transformers' AutoModelForCausalLM.from_pretrained(folder)"
+        ".save_pretrained(folder) writes model.safetensors"
+    )
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return AutoConfig.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
+    except json.JSONDecodeError as error:
+        raise WeightFormatError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
+    except (ValueError, OSError, KeyError) as error:
+        if "auto_map" in settings:
+            raise UnsupportedError(
+                f"the configuration of {folder} wants code of its own ({settings['auto_map']}); "
+                "graphopt never sets trust_remote_code. Build the module yourself and pass it to "
+                "graphopt.compile"
+            ) from error
+        raise UnsupportedError(
+            f"transformers {transformers.__version__} cannot read the configuration of {folder}: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def _read_module(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Any:
+    names = getattr(config, "architectures", None) or [""]
+    # What was saved decides the head; only a folder that does not say gets a language model head.
+    model_class = getattr(transformers, names[0], AutoModelForCausalLM)
+    try:
+        module, report = model_class.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        raise WeightFormatError(f"the weights of {folder} could not be read: {error}") from error
+    problems = [
+        f"{kind} {sorted(map(str, report[key]))}"
+        for kind, key in [
+            ("missing", "missing_keys"),
+            ("unexpected", "unexpected_keys"),
+            ("of another shape", "mismatched_keys"),
+        ]
+        if report[key]
+    ]
+    if problems:
+        raise WeightFormatError(
+            f"the tensors of {folder} do not fit {model_class.__name__}: {'; '.join(problems)}"
+        )
+    return module
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    return AutoTokenizer.from_pretrained(
+        str(folder), trust_remote_code=False, local_files_only=True
+    )
+
+
+def _end_token_ids(module: Any) -> tuple[int, ...]:
+    generation = getattr(module, "generation_config", None)
+    ids = getattr(generation, "eos_token_id", None)
+    if ids is None:
+        ids = getattr(module.config, "eos_token_id", None)
+    if ids is None:
+        return ()
+    return tuple(sorted(ids)) if isinstance(ids, list) else (int(ids),)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
