@@ -106,7 +106,7 @@ def run_pass(pass_: Pass[Any], graph: Graph, limit: int | None = None) -> Outcom
     for node in list(pass_.match(graph)):
         if limit is not None and len(sites) >= limit:
             break
-        if node.graph is not graph.fx or node._erased:
+        if node.graph is not graph.fx_graph or node._erased:
             continue
         bound = pass_.check(graph, node)
         layer, source = node.meta.get("layer", ""), node.meta.get("source", "")

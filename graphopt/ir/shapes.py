@@ -9,6 +9,7 @@ R requests       M block-table columns                       V vocabulary
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -61,9 +62,7 @@ class SymbolicInputs:
                 static_shapes=False,
                 symbolic_context=StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC]),
             )
-            size = probe.shape[0]
-            assert isinstance(size, torch.SymInt)
-            self._symbols[name] = size
+            self._symbols[name] = cast(torch.SymInt, probe.shape[0])
         return self._symbols[name]
 
     @property

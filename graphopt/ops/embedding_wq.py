@@ -32,7 +32,7 @@ def reference(
     flat = ids.flatten()
     zero = None if zero_NG is None else zero_NG[flat]
     rows = dequantize_codes(codes_NKp[flat], scale_NG[flat], zero, bits, group, offset)
-    return rows.to(dtype).unflatten(0, ids.shape)
+    return rows.to(dtype).reshape(*ids.shape, -1)
 
 
 def fake(

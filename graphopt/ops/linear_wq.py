@@ -24,7 +24,7 @@ ACTIVATION_GROUP = 32
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """(codes as float `[..., K/32, 32]`, scale `[..., K/32, 1]`), symmetric, round half to even."""
-    grouped = x.float().unflatten(-1, (-1, ACTIVATION_GROUP))
+    grouped = x.float().reshape(*x.shape[:-1], -1, ACTIVATION_GROUP)
     scale = grouped.abs().amax(-1, keepdim=True) / 127.0
     inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
     return torch.round(grouped * inverse), scale

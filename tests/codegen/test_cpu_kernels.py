@@ -286,8 +286,8 @@ def test_unary(kind: UnaryKind, dtype: torch.dtype) -> None:
         error = (out.double() - expected).abs()
         bound = 4 * eps * expected.abs() + 2e-38
         if kind in {UnaryKind.UNARY_GELU, UnaryKind.UNARY_GELU_TANH}:
-            # exp(-a) is as exact as a is: half an fp32 ulp of a.
-            bound += 2e-5 * expected.abs() * (source < -1)
+            # exp(-a) is as exact as a is: a few fp32 ulp of a, up to 88.
+            bound += 6e-5 * expected.abs() * (source < -1)
         assert (error <= bound).all(), (error / bound).max()
         assert_gap_untouched(out)
 
