@@ -282,9 +282,9 @@ def test_unary(kind: UnaryKind, dtype: torch.dtype) -> None:
         call(Op.OP_UNARY, [out, source], source.shape, strides, [kind])
         eps = torch.finfo(dtype).eps
         expected = UNARY[kind](source.double())
-        # Relative, also for tiny results; nothing below fp32's smallest normal number.
+        # Relative, also for tiny results; below 1e-37 the exponentials overflow.
         error = (out.double() - expected).abs()
-        bound = 4 * eps * expected.abs() + 2e-38
+        bound = 4 * eps * expected.abs() + 1e-37
         if kind in {UnaryKind.UNARY_GELU, UnaryKind.UNARY_GELU_TANH}:
             # exp(-a) is as exact as a is: a few fp32 ulp of a, up to 88.
             bound += 6e-5 * expected.abs() * (source < -1)

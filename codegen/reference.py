@@ -1,0 +1,139 @@
+"""The reference backend: every op by its definition, on any device, node by node.
+
+Slow and obvious. It is the oracle of the other backends and what they fall back to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.codegen.backend import Cache, check_weights
+from graphopt.errors import BackendError
+from graphopt.ir.graph import Graph, graph_module
+from graphopt.passes.cache.insert_kv_cache import STEP_INPUTS
+
+KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def runnable(graph: Graph) -> fx.GraphModule:
+    """The graph as a GraphModule that runs: weights are attached under flat names."""
+    check_weights(graph)
+    names: dict[str, str] = {}
+    new_fx = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    root = torch.nn.Module()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            flat = names.setdefault(str(node.target), f"weight_{len(names)}")
+            root.register_buffer(flat, graph.weights[str(node.target)], persistent=False)
+            copied[node] = new_fx.get_attr(flat)
+        else:
+            copied[node] = new_fx.node_copy(node, copied.__getitem__)
+            copied[node].meta = {}
+    return fx.GraphModule(root, new_fx)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorCache:
+    """Key and value storage as plain tensors, in the order of the graph's cache inputs."""
+
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+
+def cache_shapes(graph: Graph) -> list[tuple[int, int, torch.dtype]]:
+    """(kv heads, width, dtype) of each cache input, in order."""
+    caches = {spec.name for spec in graph.inputs if spec.kind == "cache"}
+    shapes = []
+    for node in graph.nodes:
+        if node.op == "placeholder" and node.target in caches:
+            value = node.meta["val"]
+            shapes.append((int(value.shape[2]), int(value.shape[3]), value.dtype))
+    return shapes
+
+
+def make_cache(
+    graph: Graph, num_blocks: int, block_size: int, kv_dtype: torch.dtype | None
+) -> TensorCache:
+    """Zeroed storage for a serving graph."""
+    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+        raise BackendError(f"kv_dtype {kv_dtype} is not supported; supported: {KV_DTYPES}")
+    tensors = tuple(
+        torch.zeros((num_blocks, block_size, heads, width), dtype=kv_dtype or dtype)
+        for heads, width, dtype in cache_shapes(graph)
+    )
+    return TensorCache(tensors)
+
+
+def cache_bytes_per_token(graph: Graph, kv_dtype: torch.dtype | None) -> int:
+    """Bytes of one token's keys and values over all layers."""
+    return sum(
+        heads * width * (kv_dtype or dtype).itemsize for heads, width, dtype in cache_shapes(graph)
+    )
+
+
+def vocabulary(graph: Graph) -> int:
+    """Width of a serving graph's logits."""
+    (logits,) = graph.output_nodes
+    return int(logits.meta["val"].shape[-1])
+
+
+class ReferenceForward:
+    """A captured graph, run node by node."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.module = runnable(graph)
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run it."""
+        with torch.no_grad():
+            outputs: tuple[Tensor, ...] = self.module(*inputs)
+        return outputs
+
+
+class ReferenceServing:
+    """A serving graph, run node by node."""
+
+    def __init__(
+        self, graph: Graph, kv_dtype: torch.dtype | None, max_context: int | None
+    ) -> None:
+        self.graph, self.kv_dtype, self.max_context = graph, kv_dtype, max_context
+        self.module = runnable(graph)
+        self.vocab_size = vocabulary(graph)
+        self.cache_bytes_per_token = cache_bytes_per_token(graph, kv_dtype)
+
+    def new_cache(self, num_blocks: int, block_size: int) -> TensorCache:
+        """Zeroed storage."""
+        return make_cache(self.graph, num_blocks, block_size, self.kv_dtype)
+
+    def __call__(self, cache: Cache, **step: Tensor) -> Tensor:
+        """One step."""
+        if not isinstance(cache, TensorCache):
+            raise BackendError("this cache was made by another executable")
+        with torch.no_grad():
+            (logits,) = self.module(*(step[name] for name, _ in STEP_INPUTS), *cache.tensors)
+        assert isinstance(logits, Tensor)
+        return logits
+
+
+class ReferenceBackend:
+    """See the module docstring."""
+
+    name = "reference"
+
+    def lower(self, graph: Graph) -> ReferenceForward:
+        """Lower a captured graph."""
+        return ReferenceForward(graph)
+
+    def lower_serving(
+        self, graph: Graph, kv_dtype: torch.dtype | None, max_context: int | None
+    ) -> ReferenceServing:
+        """Lower a serving graph."""
+        return ReferenceServing(graph, kv_dtype, max_context)

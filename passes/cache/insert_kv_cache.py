@@ -1,0 +1,255 @@
+"""insert_kv_cache: a plain forward (ids -> logits) becomes the serving graph.
+
+    before   ids [B, S] -> ... attention(q, k, v, causal) ... -> logits [B, S, V]
+    after    tokens [T], positions [T], slots [T], query_start [R+1], kv_lens [R],
+             block_tables [R, M], logit_rows [L], k_cache_0, v_cache_0, ...
+             ... kv_write(k_cache_i, v_cache_i, k, v, slots)
+                 paged_attention(q, k_cache_i, v_cache_i, block_tables, query_start, kv_lens) ...
+             -> logits [L, V]
+
+The rows of all requests lie on one axis (batch 1, T rows); `positions` replace every iota over the
+token axis; padding operands fall away, since a step has no padding. From the last attention on,
+only the L rows whose logits are wanted are computed.
+
+Precondition, proven op by op (`row_rules.py`): outside attention no op lets one token row see
+another, and every attention is causal over the same rows. Otherwise the pass is refused with the
+op and its source line. Never touches weights or anything the proof did not cover.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from graphopt.passes.base import EXACT, Pass, Reject, Stage, Tier
+from graphopt.passes.cache.row_rules import Axis, RowsMixedError, padding_inputs, trace_rows
+from graphopt.passes.registry import register
+from torch import Tensor, fx
+
+from graphopt.ir.builder import GraphBuilder
+from graphopt.ir.graph import Graph, InputSpec, argument, graph_module, shape_of
+from graphopt.ir.shapes import SymbolicInputs
+from graphopt.ops import attention, kv_write, paged_attention
+
+aten = torch.ops.aten
+
+STEP_INPUTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("tokens", ("rows",)),
+    ("positions", ("rows",)),
+    ("slots", ("rows",)),
+    ("query_start", ("requests_plus_1",)),
+    ("kv_lens", ("requests",)),
+    ("block_tables", ("requests", "block_columns")),
+    ("logit_rows", ("logit_rows",)),
+)
+"""The inputs of a serving graph before the caches, all int64, with their axes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServingPlan:
+    """What the proof found.
+
+    axis: row axis of every node. tail: nodes needed only for the logits, after the last attention.
+    """
+
+    tokens: fx.Node
+    logits: fx.Node
+    axis: Mapping[fx.Node, Axis]
+    tail: frozenset[fx.Node]
+    padding: frozenset[fx.Node]
+
+
+@register
+class InsertKvCache(Pass[ServingPlan]):
+    """See the module docstring."""
+
+    name: ClassVar[str] = "insert_kv_cache"
+    stage: ClassVar[Stage] = "cache"
+    tier: ClassVar[Tier] = EXACT
+    required: ClassVar[bool] = True
+
+    def match(self, graph: Graph) -> Iterable[fx.Node]:
+        """One candidate: the graph, stood for by its output."""
+        return [graph.fx_graph.output_node()] if graph.dialect == "captured" else []
+
+    def check(self, graph: Graph, node: fx.Node) -> ServingPlan | Reject:
+        """Run the row-independence proof."""
+        tokens = _token_input(graph)
+        if tokens is None:
+            return Reject("no-token-input", "no int64 [batch, sequence] input of token ids", node)
+        if any(isinstance(size, int) for size in shape_of(tokens)):
+            return Reject(
+                "static-sequence",
+                "batch and sequence must be dynamic; capture with dynamic=True",
+                tokens,
+            )
+        try:
+            axis = trace_rows(graph, tokens)
+        except RowsMixedError as refusal:
+            return Reject(refusal.code, refusal.text, refusal.node)
+        outputs = graph.output_nodes
+        logits = outputs[0]
+        rank = len(shape_of(logits))
+        if len(outputs) != 1 or axis.get(logits) != 1 or rank != 3:
+            return Reject(
+                "no-logits", "the graph must return one [batch, sequence, vocabulary]", logits
+            )
+        padding = frozenset(padding_inputs(graph, tokens))
+        return ServingPlan(tokens, logits, axis, _tail(graph, axis), padding)
+
+    def rewrite(self, builder: GraphBuilder, bound: ServingPlan) -> None:
+        """Rebuild the graph over token rows."""
+        _Rebuild(builder.graph, bound, builder.site).run()
+
+
+def _token_input(graph: Graph) -> fx.Node | None:
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            value = node.meta["val"]
+            if value.dtype == torch.int64 and value.ndim == 2 and node.name != "attention_mask":
+                return node
+    return None
+
+
+def _tail(graph: Graph, axis: Mapping[fx.Node, Axis]) -> frozenset[fx.Node]:
+    """Row nodes all of whose readers lead only to the output, back to the last attention."""
+    tail: set[fx.Node] = set()
+    output = graph.fx_graph.output_node()
+    for node in reversed(list(graph.nodes)):
+        is_row = node.op == "call_function" and axis.get(node) is not None
+        if not is_row or node.target is attention.SPEC.overload or not node.all_input_nodes:
+            continue
+        if all(user is output or user in tail for user in node.users):
+            tail.add(node)
+    return frozenset(tail)
+
+
+class _Rebuild:
+    """One rebuild of a captured graph into a serving graph, in place."""
+
+    def __init__(self, graph: Graph, plan: ServingPlan, site: str) -> None:
+        self.old, self.plan = graph, plan
+        self.fake = SymbolicInputs()
+        self.graph = Graph(
+            graph.name,
+            graph_module(fx.Graph()),
+            (),
+            graph.weights,
+            graph.packed,
+            dialect="serving",
+        )
+        self.builder = GraphBuilder(self.graph, self.fake.mode)
+        self.builder.site = site
+        self.inputs: dict[str, fx.Node] = {}
+        self.caches: list[InputSpec] = []
+        self.whole: dict[fx.Node, Any] = {}
+        self.chosen: dict[fx.Node, Any] = {}
+
+    def run(self) -> None:
+        """Emit inputs, copy every node, and move the result into the old graph object."""
+        for name, axes in STEP_INPUTS:
+            value = self.fake.tensor(axes, torch.int64)
+            self.inputs[name] = self.builder.input(name, value)
+        attentions = self.old.calls(attention.SPEC.overload)
+        caches = [self._cache_inputs(i, node) for i, node in enumerate(attentions)]
+        like = [self.plan.tokens]
+        tokens = self.builder.emit(aten.unsqueeze.default, [self.inputs["tokens"], 0], like=like)
+        rows = self.builder.emit(aten.sym_size.int, [self.inputs["tokens"], 0], like=like)
+        wanted = self.builder.emit(aten.sym_size.int, [self.inputs["logit_rows"], 0], like=like)
+        self.whole[self.plan.tokens] = tokens
+        pending = iter(caches)
+        for node in self.old.nodes:
+            if node.op == "get_attr":
+                self.whole[node] = self.builder.weight(str(node.target), like=[node])
+            elif node.op == "call_function" and not self._is_padding(node):
+                if node.target is attention.SPEC.overload and self.plan.axis[node] is not None:
+                    self.whole[node] = self._paged(node, *next(pending))
+                elif isinstance(node.meta["val"], (torch.SymInt, int)):
+                    self.whole[node] = self._size(node, self.whole, rows)
+                    self.chosen[node] = self._size(node, self.chosen, wanted)
+                elif node in self.plan.tail:
+                    self.chosen[node] = self._copy(node, self._rows_wanted)
+                else:
+                    self.whole[node] = self._copy(node, self.whole.__getitem__)
+        logits = self._rows_wanted(self.plan.logits)
+        flat = self.builder.emit(aten.select.int, [logits, 0, 0], like=[self.plan.logits])
+        output = self.graph.fx_graph.output((flat,))
+        output.meta["val"] = None
+        self.old.gm = self.graph.gm
+        self.old.inputs = (*(InputSpec(name) for name, _ in STEP_INPUTS), *self.caches)
+        self.old.symbols = self.fake.names
+        self.old.dialect = "serving"
+
+    def _is_padding(self, node: fx.Node) -> bool:
+        sources = set(node.all_input_nodes)
+        return bool(sources) and all(s in self.plan.padding for s in sources)
+
+    def _cache_inputs(self, index: int, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+        made = []
+        for letter, operand in (("k", "k_BGTD"), ("v", "v_BGTE")):
+            value: Tensor = argument(node, operand).meta["val"]
+            name = f"{letter}_cache_{index}"
+            axes = ("blocks", "block_size", int(value.shape[1]), int(value.shape[3]))
+            made.append(self.builder.input(name, self.fake.tensor(axes, value.dtype)))
+            made[-1].meta["layer"] = node.meta.get("layer", "")
+            self.caches.append(InputSpec(name, "cache"))
+        return made[0], made[1]
+
+    def _paged(self, node: fx.Node, k_cache: fx.Node, v_cache: fx.Node) -> fx.Node:
+        q, k, v = (self.whole[argument(node, name)] for name in ("q_BHSD", "k_BGTD", "v_BGTE"))
+        sinks = argument(node, "sinks_H")
+        write = [k_cache, v_cache, k, v, self.inputs["slots"]]
+        self.builder.emit(kv_write.SPEC.overload, write, like=[node])
+        step = [self.inputs[name] for name in ("block_tables", "query_start", "kv_lens")]
+        return self.builder.emit(
+            paged_attention.SPEC.overload,
+            [q, k_cache, v_cache, *step, None if sinks is None else self.whole[sinks]],
+            {name: argument(node, name) for name in ("scale", "window", "softcap")},
+            like=[node],
+        )
+
+    def _size(self, node: fx.Node, values: dict[fx.Node, Any], count: fx.Node) -> Any:
+        """A size of the old graph: batch is 1, the sequence is the number of rows."""
+        if node.target is aten.sym_size.int:
+            source, dim = node.args[0], argument(node, "dim")
+            assert isinstance(source, fx.Node)
+            axis = self.plan.axis.get(source)
+            if axis is not None and dim % len(shape_of(source)) == axis:
+                return count
+            size = shape_of(source)[dim]
+            return 1 if isinstance(size, torch.SymInt) else size
+        args = fx.node.map_arg(node.args, values.__getitem__)
+        if not any(isinstance(a, fx.Node) for a in args):
+            assert callable(node.target)
+            return node.target(*args)
+        return self.builder.copy(node, args, node.kwargs)
+
+    def _rows_wanted(self, node: fx.Node) -> Any:
+        """`node` restricted to the rows whose logits are wanted."""
+        if node not in self.chosen:
+            axis = self.plan.axis.get(node)
+            value = self.whole[node]
+            if axis is not None:
+                rows = self.inputs["logit_rows"]
+                value = self.builder.emit(
+                    aten.index_select.default, [value, axis, rows], like=[node]
+                )
+            self.chosen[node] = value
+        return self.chosen[node]
+
+    def _copy(self, node: fx.Node, operand: Any) -> fx.Node:
+        is_iota = node.target in (aten.arange.default, aten.arange.start, aten.arange.start_step)
+        if is_iota and self.plan.axis.get(node) is not None:
+            return self._positions(node)
+        args = fx.node.map_arg(node.args, operand)
+        kwargs = fx.node.map_arg(node.kwargs, operand)
+        return self.builder.copy(node, args, kwargs)
+
+    def _positions(self, node: fx.Node) -> fx.Node:
+        positions = self.inputs["positions"]
+        dtype = node.meta["val"].dtype
+        if dtype == torch.int64:
+            return positions
+        return self.builder.emit(aten._to_copy.default, [positions], {"dtype": dtype}, like=[node])
