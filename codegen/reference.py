@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from graphopt.codegen.backend import Cache, check_weights
+from graphopt.passes.cache.insert_kv_cache import STEP_INPUTS
 from torch import Tensor, fx
 
-from graphopt.codegen.backend import Cache, check_weights
 from graphopt.errors import BackendError
-from graphopt.ir.graph import Graph, graph_module
-from graphopt.passes.cache.insert_kv_cache import STEP_INPUTS
+from graphopt.ir.graph import Graph
 
 KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -101,9 +101,7 @@ class ReferenceForward:
 class ReferenceServing:
     """A serving graph, run node by node."""
 
-    def __init__(
-        self, graph: Graph, kv_dtype: torch.dtype | None, max_context: int | None
-    ) -> None:
+    def __init__(self, graph: Graph, kv_dtype: torch.dtype | None, max_context: int | None) -> None:
         self.graph, self.kv_dtype, self.max_context = graph, kv_dtype, max_context
         self.module = runnable(graph)
         self.vocab_size = vocabulary(graph)

@@ -1,1 +1,55 @@
-"""graphopt."""
+"""graphopt: a graph compiler for transformer models whose every rewrite can be seen and checked.
+
+    import graphopt
+    program = graphopt.compile("smollm2-135m")
+    print(program.generate("The capital of France is", max_tokens=16)[0].text)
+
+Names are imported on first use, so a part of the package can be used without the rest. Only
+`capture` is imported at once: it is a function here and also the name of a subpackage, and the
+import system would otherwise put the subpackage in its place.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from graphopt.capture import ModelSource, capture
+
+if TYPE_CHECKING:
+    from graphopt.compiler import compile
+    from graphopt.ir.graph import Graph
+    from graphopt.program import Program
+    from graphopt.runtime import SamplingParams
+    from graphopt.storage import load_program
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Graph": "graphopt.ir.graph",
+    "Program": "graphopt.program",
+    "SamplingParams": "graphopt.runtime",
+    "compile": "graphopt.compiler",
+    "load_program": "graphopt.storage",
+}
+
+__all__ = [
+    "Graph",
+    "ModelSource",
+    "Program",
+    "SamplingParams",
+    "__version__",
+    "capture",
+    "compile",
+    "load_program",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'graphopt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,9 +1,9 @@
 """Settings that come from the environment: the only file of graphopt that reads `os.environ`.
 
-| field   | variable         | default             | meaning                                           |
-|---------|------------------|---------------------|---------------------------------------------------|
-| cache   | GRAPHOPT_CACHE   | ~/.cache/graphopt   | folder for fetched weights and converted files    |
-| offline | GRAPHOPT_OFFLINE | 0                   | 1: never touch the network, fail with what is missing |
+| field   | variable         | default           | meaning                                   |
+|---------|------------------|-------------------|-------------------------------------------|
+| cache   | GRAPHOPT_CACHE   | ~/.cache/graphopt | folder for fetched and converted files    |
+| offline | GRAPHOPT_OFFLINE | 0                 | 1: never touch the network                |
 
 Functions take a `Config` and read `Config.from_environment()` only when they were given none, so
 that a program can set everything in code.

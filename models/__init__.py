@@ -1,6 +1,10 @@
-"""Models to start from: `load(ref)` for real weights, and a small reference set of plain modules."""
+"""Models to start from: `load(ref)` for real weights, and plain modules written here.
 
-from graphopt.models.builtin import BUILTINS
+`llama_like`, `gpt2_like` and `bert_like` are small nn.Modules with hand-written eager attention:
+what a user's own model looks like to the compiler. They are imported by their own names.
+"""
+
+from graphopt.models.builtin import BUILTINS, DEFAULT_MODEL
 from graphopt.models.load import load
 
-__all__ = ["BUILTINS", "load"]
+__all__ = ["BUILTINS", "DEFAULT_MODEL", "load"]

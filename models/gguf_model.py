@@ -35,7 +35,12 @@ from graphopt.models.meta import meta_parameters
 
 
 def load_gguf(
-    path: Path, *, name: str, dtype: torch.dtype, weights: Literal["dense", "packed"], config: Config
+    path: Path,
+    *,
+    name: str,
+    dtype: torch.dtype,
+    weights: Literal["dense", "packed"],
+    config: Config,
 ) -> ModelSource:
     """Load the GGUF file `path`; `config` says where a converted tokenizer is kept.
 
@@ -104,8 +109,8 @@ def _dense(raw: NDArray[np.uint8], tensor: GgufTensor) -> Tensor:
         return torch.from_numpy(dequantize(raw, tensor.type)).view(tensor.shape)
     except NotImplementedError:
         raise UnsupportedError(
-            f"tensor {tensor.name} has block type {tensor.type.name}, which the gguf package cannot "
-            "dequantize; convert the model to one of Q8_0, Q6_K, Q5_K, Q4_K, Q4_1, Q4_0, F16"
+            f"tensor {tensor.name} has block type {tensor.type.name}, which the gguf package "
+            "cannot dequantize; convert the model to one of Q8_0, Q6_K, Q5_K, Q4_K, Q4_1, Q4_0, F16"
         ) from None
 
 

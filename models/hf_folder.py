@@ -114,6 +114,8 @@ def _read_module(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> 
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            # Refused below, by name; transformers' own error does not say which.
+            ignore_mismatched_sizes=True,
         )
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise WeightFormatError(f"the weights of {folder} could not be read: {error}") from error

@@ -5,8 +5,8 @@
     "folder/"          config.json + *.safetensors   models/hf_folder.py
     "org/name"         Hugging Face hub              models/hf_folder.py
 
-A path that exists wins over a hub name. Weights are never unpickled and code that comes with a model
-is never run.
+A path that exists wins over a hub name. Weights are never unpickled and code that comes with a
+model is never run.
 """
 
 from __future__ import annotations
@@ -74,6 +74,6 @@ def load(
 def _refuse_packed(weights: str, name: str) -> None:
     if weights == "packed":
         raise UnsupportedError(
-            f"weights='packed' keeps the blocks of a GGUF file, but {name} holds dense safetensors; "
-            "load it with weights='dense' and quantize it with a pass"
+            f"weights='packed' keeps the blocks of a GGUF file, but {name} holds dense "
+            "safetensors; load it with weights='dense' and quantize it with a pass"
         )

@@ -1,1 +1,6 @@
-"""runtime"""
+"""The runtime: requests, blocks, scheduler, sampler, runner, engine."""
+
+from graphopt.runtime.engine import Completion, Engine, EngineStats, TokenEvent
+from graphopt.runtime.request import SamplingParams
+
+__all__ = ["Completion", "Engine", "EngineStats", "SamplingParams", "TokenEvent"]

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from graphopt.codegen.cpu.abi import NativeLibrary
+
 from graphopt.config import Config, child_environment
 from graphopt.errors import BackendError
 

@@ -57,6 +57,8 @@ def capture(
     if module.training:
         raise CaptureError("the model is in training mode; call model.eval() first")
     kwargs = _bind(module, example)
+    # torch.export takes one tensor given twice for one input.
+    kwargs = {n: v.clone() if isinstance(v, Tensor) else v for n, v in kwargs.items()}
     tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CaptureError("the example holds no tensor")

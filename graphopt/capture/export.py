@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from graphopt.errors import CaptureError
+from graphopt.ir.clean import remove_dead
 from graphopt.ir.graph import Graph, InputSpec, graph_module
 from graphopt.ops.registry import is_impure
 
@@ -135,7 +136,7 @@ def graph_from_exported(
         weights,
         symbols=dict(symbol_names or {}),
     )
-    graph.prune_weights()
+    remove_dead(graph)
     return graph
 
 

@@ -23,9 +23,13 @@ ACTIVATION_GROUP = 32
 
 
 def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes as float `[..., K/32, 32]`, scale `[..., K/32, 1]`), symmetric, round half to even."""
+    """(codes as float `[..., K/32, 32]`, scale `[..., K/32, 1]`), symmetric, round half to even.
+
+    A group whose scale is below 1e-30 counts as zero: the reciprocal would overflow.
+    """
     grouped = x.float().reshape(*x.shape[:-1], -1, ACTIVATION_GROUP)
     scale = grouped.abs().amax(-1, keepdim=True) / 127.0
+    scale = torch.where(scale > 1e-30, scale, torch.zeros_like(scale))
     inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
     return torch.round(grouped * inverse), scale
 

@@ -183,8 +183,10 @@ class _Rebuild:
         self.old.dialect = "serving"
 
     def _is_padding(self, node: fx.Node) -> bool:
-        sources = set(node.all_input_nodes)
-        return bool(sources) and all(s in self.plan.padding for s in sources)
+        """Casts of the padding input on their way to attention."""
+        if not isinstance(node.meta["val"], Tensor) or not node.all_input_nodes:
+            return False
+        return all(n in self.plan.padding or self._is_padding(n) for n in node.all_input_nodes)
 
     def _cache_inputs(self, index: int, node: fx.Node) -> tuple[fx.Node, fx.Node]:
         made = []
@@ -212,14 +214,11 @@ class _Rebuild:
 
     def _size(self, node: fx.Node, values: dict[fx.Node, Any], count: fx.Node) -> Any:
         """A size of the old graph: batch is 1, the sequence is the number of rows."""
-        if node.target is aten.sym_size.int:
-            source, dim = node.args[0], argument(node, "dim")
-            assert isinstance(source, fx.Node)
-            axis = self.plan.axis.get(source)
-            if axis is not None and dim % len(shape_of(source)) == axis:
-                return count
-            size = shape_of(source)[dim]
-            return 1 if isinstance(size, torch.SymInt) else size
+        batch, sequence = shape_of(self.plan.tokens)
+        known = {str(batch): 1, str(sequence): count}
+        value = node.meta["val"]
+        if isinstance(value, int) or str(value) in known:
+            return value if isinstance(value, int) else known[str(value)]
         args = fx.node.map_arg(node.args, values.__getitem__)
         if not any(isinstance(a, fx.Node) for a in args):
             assert callable(node.target)

@@ -4,8 +4,8 @@
     an axis number   the value holds one slice per token row along that axis
     None             the value does not depend on the tokens
 or raises `RowsMixedError` at the first op that lets one row see another. Attention is the only op
-that may, and only when it is causal over the same rows. Batch items are independent requests, so the
-batch size counts as 1 throughout.
+that may, and only when it is causal over the same rows. Batch items are independent requests, so
+the batch size counts as 1 throughout.
 """
 
 from __future__ import annotations
@@ -475,6 +475,9 @@ def _only_pads(node: fx.Node) -> bool:
             others = [argument(user, name) for name in ("q_BHSD", "k_BGTD", "v_BGTE", "mask")]
             if node in others or argument(user, "sinks_H") is node:
                 return False
+        elif not isinstance(user.meta.get("val"), Tensor) and user.op == "call_function":
+            # Its size; the sizes of a serving step come from the tokens.
+            continue
         elif op_name(user).startswith(("aten.to", "aten._to_copy", "aten.clone")):
             if not _only_pads(user):
                 return False

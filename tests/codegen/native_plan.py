@@ -6,10 +6,9 @@ import ctypes
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
-from graphopt.codegen.cpu.abi import DType, Dim, Instr, Op, Operand, Sym
+from graphopt.codegen.cpu.abi import Dim, DType, Instr, Op, Operand, Sym
 from graphopt.codegen.cpu.build import load_library
+from torch import Tensor
 
 DTYPES = {
     torch.float32: DType.F32,
@@ -51,9 +50,7 @@ def instruction(
     return instr, bases
 
 
-def execute(
-    instrs: Sequence[Instr], bases: Sequence[int], threads: int = 2, **syms: int
-) -> None:
+def execute(instrs: Sequence[Instr], bases: Sequence[int], threads: int = 2, **syms: int) -> None:
     """Run the instructions; `syms` by name (SYM_TOKENS=...)."""
     extents = (ctypes.c_int64 * Sym.SYM_COUNT)(1)
     for name, value in syms.items():

@@ -6,14 +6,23 @@ is finite has read nothing it should not.
 
 from __future__ import annotations
 
+import platform
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import native_plan
 import pytest
 import torch
+from graphopt.codegen.cpu import build
+from graphopt.codegen.cpu.abi import NativeLibrary, Op
 from native_plan import assert_gap_untouched, call, poisoned
 from torch import Tensor
 
-from graphopt.codegen.cpu.abi import Op
+
+@pytest.fixture(autouse=True)
+def _fresh_inputs(record_property: Callable[[str, object], None]) -> None:
+    record_property("seed", torch.seed())
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,9 @@ def attend(
     return list(out.split([len(x) for x in q]))
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, heads: Heads, mask: Mask, sinks: Tensor | None) -> Tensor:
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, heads: Heads, mask: Mask, sinks: Tensor | None
+) -> Tensor:
     """Float64 attention of the last len(q) tokens of one request; k, v its context."""
     k64, v64 = (x.double().repeat_interleave(heads.group, 1) for x in (k, v))
     scores = torch.einsum("thd,shd->hts", q.double(), k64) * heads.key**-0.5
@@ -217,9 +228,7 @@ def test_window_does_not_read_evicted_blocks() -> None:
 
 
 @pytest.mark.parametrize("heads", [Heads(), Heads(kv=1, group=1), Heads(kv=2, group=7, value=40)])
-@pytest.mark.parametrize(
-    "mask", [Mask(), Mask(window=100), Mask(softcap=5.0, sinks=True)], ids=str
-)
+@pytest.mark.parametrize("mask", [Mask(), Mask(window=100), Mask(softcap=5.0, sinks=True)], ids=str)
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_batch_invariance(heads: Heads, mask: Mask, cache_dtype: torch.dtype) -> None:
     """The bits of a row do not depend on what it is computed with."""
@@ -232,7 +241,7 @@ def test_batch_invariance(heads: Heads, mask: Mask, cache_dtype: torch.dtype) ->
         again = attend(cache, q, lengths, heads, mask, sinks, threads)
         assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True))
     for request, length in enumerate(lengths):
-        for position in torch.randint(0, length, (6,)).tolist() + [0, length - 1]:
+        for position in [*torch.randint(0, length, (6,)).tolist(), 0, length - 1]:
             for threads in (1, 2):
                 row = attend(
                     cache,
@@ -262,3 +271,16 @@ def test_large_scores_do_not_overflow() -> None:
     out = attend(cache, q, [500], heads, Mask())[0]
     expected = dense(q[0], cache.keys[0], cache.values[0], heads, Mask(), None)
     torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 instruction sets")
+def test_portable_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without AVX2, FMA and F16C: same kernels, compiled without intrinsics."""
+    flags = tuple(f if f != "-march=native" else "-march=x86-64" for f in build.FLAGS)
+    monkeypatch.setattr(build, "FLAGS", flags)
+    library = NativeLibrary(build.build_library(tmp_path))
+    monkeypatch.setattr(native_plan, "load_library", lambda: library)
+    for cache_dtype in (torch.float32, torch.float16, torch.bfloat16):
+        check(*STEPS["mixed"], Heads(), Mask(window=257, softcap=9.0, sinks=True), cache_dtype)
+        test_batch_invariance(Heads(), Mask(), cache_dtype)

@@ -30,10 +30,12 @@ enum Sym : int32_t {
 // step along), attrs_i and attrs_f.
 enum Op : int32_t {
   // out, ids (I64 [rows]), weight. dims: rows, D. out: row.
-  // i: 0 weight kind, 1 number of table rows. f: 0 factor multiplied into each row (1.0: none).
+  // i: 0 weight kind, 1 number of table rows, 4 offset of the codes.
+  // f: 0 factor multiplied into each row (1.0: none).
   OP_EMBED = 0,
   // out, x, weight, bias?. dims: rows, N, K. out: row; x: row.
-  // i: 0 weight kind, 1 activation mode (0 float, 1 int8 per group of 32), 2 has bias, 3 group.
+  // i: 0 weight kind (linear.h), 1 activation mode (0 float, 1 int8 per group of 32), 2 has bias,
+  // 4 offset of the codes.
   OP_LINEAR = 1,
   // out, x, weight? [D]. dims: rows, heads, D. out, x: row, head.
   // out = x * rsqrt(mean(x^2) + eps) * (weight + added).

@@ -13,6 +13,8 @@ namespace {
 
 constexpr int64_t UNIT_ROWS = 48;               // query rows that amortise packing a K/V tile
 constexpr int64_t UNITS_PER_THREAD = 8;         // enough to balance the threads without splits
+constexpr int64_t ITEMS_PER_THREAD = 2;         // below it, units get fewer kv heads
+constexpr int64_t SPLIT_BYTES = 192 << 10;      // of K and V that may wait in the L2 cache
 constexpr int64_t MAX_SHARED_BYTES = 64 << 20;  // of partial results
 
 // Hands out pieces of a block of memory; with no block it only counts the bytes.
@@ -60,13 +62,18 @@ class PagedAttention {
     lengths_ = ctx.ptr<int64_t>(instr, 6);
     unit_tokens_ = UNIT_ROWS > shape_.group ? UNIT_ROWS / shape_.group : 1;
     max_rows_ = unit_tokens_ * shape_.group;
-    count_units();
     Pieces counted(nullptr);
     lay_out(counted);
     Pieces pieces(ctx.scratch(thread, counted.used()));
     lay_out(pieces);
     std::memset(const_cast<void*>(work_.zeros), 0, zero_bytes());
-    fill_units();
+    // Kv heads of a unit share the reading of neighbouring rows of the cache.
+    const int64_t head_bytes =
+        SPLIT * (shape_.key_width + shape_.value_width) * item_size(ctx.dtype(instr, 2));
+    int64_t heads = SPLIT_BYTES > head_bytes ? SPLIT_BYTES / head_bytes : 1;
+    if (heads > shape_.kv_heads) heads = shape_.kv_heads;
+    fill_units(heads);
+    while (heads > 1 && items_ < ITEMS_PER_THREAD * threads_) fill_units(heads = (heads + 1) / 2);
   }
 
   void run() {
@@ -97,15 +104,17 @@ class PagedAttention {
     return round_up(width, PANEL) * static_cast<int64_t>(sizeof(float));
   }
 
-  void count_units() {
-    units_count_ = 0;
-    for (int64_t r = 0; r < requests_; ++r) units_count_ += tiles_of(r) * shape_.kv_heads;
+  int64_t most_units() const {
+    int64_t units = 0;
+    for (int64_t r = 0; r < requests_; ++r) units += tiles_of(r) * shape_.kv_heads;
+    return units;
   }
 
   void lay_out(Pieces& pieces) {
-    units_ = pieces.take<Unit>(units_count_);
+    units_ = pieces.take<Unit>(most_units());
     work_.queries = pieces.take<float>(max_rows_ * shape_.key_width);
     work_.weights = pieces.take<float>(max_rows_ * SPLIT);
+    work_.stored_keys = pieces.take<float>(KEY_PANELS * PANEL * shape_.key_width);
     work_.keys = pieces.take<float>(KEY_PANELS * PANEL * shape_.key_width);
     work_.values = pieces.take<float>(SPLIT * shape_.padded_values());
     work_.key_rows = pieces.take<void*>(SPLIT);
@@ -115,9 +124,8 @@ class PagedAttention {
     running_ = take_partial(pieces, max_rows_, shape_.padded_values());
   }
 
-  void fill_units() {
-    int64_t n = 0;
-    items_ = 0;
+  void fill_units(int64_t most_heads) {
+    units_count_ = items_ = 0;
     for (int64_t r = 0; r < requests_; ++r) {
       for (int64_t tile = 0; tile < tiles_of(r); ++tile) {
         const int64_t done = tile * unit_tokens_, left = rows_of(r) - done;
@@ -130,25 +138,34 @@ class PagedAttention {
         unit.low = shape_.window > 0 && unit.position + 1 > shape_.window
                        ? unit.position + 1 - shape_.window
                        : 0;
-        for (unit.kv_head = 0; unit.kv_head < shape_.kv_heads; ++unit.kv_head) {
+        const int64_t fitting = max_rows_ / (unit.tokens * shape_.group);
+        const int64_t heads = fitting < most_heads ? fitting : most_heads;
+        for (unit.kv_head = 0; unit.kv_head < shape_.kv_heads; unit.kv_head += heads) {
+          const int64_t others = shape_.kv_heads - unit.kv_head;
+          unit.heads = heads < others ? heads : others;
           unit.first_item = items_;
           items_ += unit.splits();
-          units_[n++] = unit;
+          units_[units_count_++] = unit;
         }
       }
     }
   }
 
+  int64_t rows_of(const Unit& unit) const { return unit.heads * unit.tokens * shape_.group; }
+  int64_t query_head(const Unit& unit, int64_t row) const {
+    const int64_t kv_head = unit.kv_head + row / (unit.tokens * shape_.group);
+    return kv_head * shape_.group + row % shape_.group;
+  }
   char* row_address(int operand, const Unit& unit, int64_t row) const {
-    const int64_t head = unit.kv_head * shape_.group + row % shape_.group;
+    const int64_t token = unit.token + row / shape_.group % unit.tokens;
     const int64_t* s = instr_.strides[operand];
     return at(ctx_.ptr(instr_, operand), ctx_.dtype(instr_, operand),
-              (unit.token + row / shape_.group) * s[0] + head * s[1]);
+              token * s[0] + query_head(unit, row) * s[1]);
   }
 
   void load_queries(const Unit& unit) {
     const int64_t width = shape_.key_width;
-    for (int64_t r = 0; r < unit.tokens * shape_.group; ++r) {
+    for (int64_t r = 0; r < rows_of(unit); ++r) {
       float* row = work_.queries + r * width;
       load_row(row_address(1, unit, r), ctx_.dtype(instr_, 1), width, row);
       for (int64_t d = 0; d < width; ++d) row[d] *= shape_.scale;
@@ -158,8 +175,11 @@ class PagedAttention {
   template <class Type>
   void attend(const Unit& unit, int64_t split, const Partial& out) {
     using Stored = typename Type::Storage;
-    attend_split<Type>(shape_, unit, split, ctx_.ptr<Stored>(instr_, 2),
-                       ctx_.ptr<Stored>(instr_, 3), tables_ + unit.request * columns_, work_, out);
+    for (int64_t head = 0; head < unit.heads; ++head) {
+      attend_split<Type>(shape_, unit, head, split, ctx_.ptr<Stored>(instr_, 2),
+                         ctx_.ptr<Stored>(instr_, 3), tables_ + unit.request * columns_, work_,
+                         out);
+    }
   }
 
   void start_row(int64_t r) {
@@ -171,9 +191,8 @@ class PagedAttention {
   void write_row(const Unit& unit, int64_t r) {
     float sink = MINUS_INF;
     if (ctx_.has(instr_, 7)) {
-      const int64_t head = unit.kv_head * shape_.group + r % shape_.group;
       const int dtype = ctx_.dtype(instr_, 7);
-      load_row(at(ctx_.ptr(instr_, 7), dtype, head), dtype, 1, &sink);
+      load_row(at(ctx_.ptr(instr_, 7), dtype, query_head(unit, r)), dtype, 1, &sink);
     }
     finish_row(running_, r, shape_.padded_values(), sink);
     store_row(running_.values + r * running_.stride, row_address(0, unit, r),
@@ -184,7 +203,7 @@ class PagedAttention {
   void run_units() {
     for (int64_t i; (i = ctx_.take(instr_, 0)) < units_count_;) {
       const Unit& unit = units_[units_count_ - 1 - i];  // the longest of a request come first
-      const int64_t rows = unit.tokens * shape_.group;
+      const int64_t rows = rows_of(unit);
       load_queries(unit);
       for (int64_t r = 0; r < rows; ++r) start_row(r);
       for (int64_t s = unit.first_split(); s < unit.first_split() + unit.splits(); ++s) {
@@ -216,7 +235,7 @@ class PagedAttention {
     int64_t row = 0;
     for (int64_t u = 0; u < units_count_; ++u) {
       const Unit& unit = units_[u];
-      for (int64_t r = 0; r < unit.tokens * shape_.group; ++r, ++row) {
+      for (int64_t r = 0; r < rows_of(unit); ++r, ++row) {
         if (row % threads_ != thread_) continue;
         start_row(r);
         for (int64_t s = 0; s < unit.splits(); ++s) {

@@ -19,12 +19,12 @@ constexpr float MINUS_INF = -std::numeric_limits<float>::infinity();
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // Query rows computed together: `tokens` consecutive tokens of one request x the query heads of
-// one kv head (row = token * group + head).
+// `heads` kv heads (row = (head * tokens + token) * group + query head).
 struct Unit {
-  int64_t request, kv_head;
-  int64_t token;           // row of the activations of its first token
-  int64_t tokens;
-  int64_t position;        // of its first token
+  int64_t request;
+  int64_t kv_head, heads;  // the first kv head and their number
+  int64_t token, tokens;   // the first token's row in the activations and their number
+  int64_t position;        // of the first token
   int64_t low, high;       // key positions any of its rows sees: [low, high)
   int64_t first_item;      // number of its first split among the splits of all units
   int64_t first_split() const { return low / SPLIT; }
@@ -49,7 +49,8 @@ struct AttentionShape {
 struct Workspace {
   float* queries;  // [rows][key_width], scaled
   float* weights;  // [rows][SPLIT]: scores, then probabilities
-  float* keys;     // one panel [key_width][PANEL] per panel packed together
+  void* stored_keys;  // KEY_PANELS panels [key_width][PANEL] in the cache's storage type
+  float* keys;        // the same, widened
   float* values;   // [padded / PANEL][SPLIT][PANEL]
   void* key_rows;     // [SPLIT] addresses of rows of the caches
   void* value_rows;   // [SPLIT]
@@ -58,6 +59,21 @@ struct Workspace {
 
 // The panels of a K tile that are packed before their scores are computed.
 constexpr int64_t KEY_PANELS = 4;
+// So few rows of a head are bound by reading the cache: widening it ahead would not pay.
+constexpr int64_t FEW_ROWS = 6;
+
+// Reads `bytes` of each row once, in memory order. Hardware prefetchers do not follow a head's rows,
+// which lie far apart; reading all heads' rows through is a stream they do follow. (Prefetch
+// instructions in place of the reads were measured to gain nothing.)
+template <class T>
+inline void fetch_rows(const T* const* rows, int64_t begin, int64_t end, int64_t bytes) {
+  int sum = 0;
+  for (int64_t j = begin; j < end; ++j) {
+    const char* row = reinterpret_cast<const char*>(rows[j]);
+    for (int64_t i = 0; i < bytes; i += 64) sum += row[i];
+  }
+  asm volatile("" ::"r"(sum));
+}
 
 // Turns a row's scores on columns [begin, end) of the split (whole panels) into exp(score - max),
 // where only [first, last) is visible.
@@ -95,10 +111,10 @@ inline void softmax_row(float* row, int64_t begin, int64_t end, int64_t first, i
   *total = sum(sums[0] + sums[1]);
 }
 
-// Writes the partial result of `unit` over split number `split` (of the context). `Type`:
-// Float<dtype> of both caches; `table` is the request's row of the block table.
+// Writes the partial result of kv head number `head` of `unit` over split number `split` (of the
+// context). `Type`: Float<dtype> of both caches; `table` is the request's row of the block table.
 template <class Type>
-void attend_split(const AttentionShape& shape, const Unit& unit, int64_t split,
+void attend_split(const AttentionShape& shape, const Unit& unit, int64_t head, int64_t split,
                   const typename Type::Storage* k_cache, const typename Type::Storage* v_cache,
                   const int64_t* table, const Workspace& work, const Partial& out) {
   using Stored = typename Type::Storage;
@@ -106,7 +122,7 @@ void attend_split(const AttentionShape& shape, const Unit& unit, int64_t split,
   const int64_t first = (unit.low > origin ? unit.low : origin) - origin;
   const int64_t last = (unit.high < origin + SPLIT ? unit.high : origin + SPLIT) - origin;
   const int64_t begin = first / PANEL * PANEL, end = round_up(last, PANEL);
-  const int64_t rows = unit.tokens * shape.group;
+  const int64_t rows = unit.tokens * shape.group, first_row = head * rows;
   const int64_t padded = shape.padded_values();
 
   const Stored** key_rows = reinterpret_cast<const Stored**>(work.key_rows);
@@ -116,45 +132,62 @@ void attend_split(const AttentionShape& shape, const Unit& unit, int64_t split,
   }
   for (int64_t j = first; j < last;) {
     const int64_t block = (origin + j) / shape.block_size, offset = (origin + j) % shape.block_size;
-    int64_t slot = (table[block] * shape.block_size + offset) * shape.kv_heads + unit.kv_head;
+    int64_t slot = (table[block] * shape.block_size + offset) * shape.kv_heads + unit.kv_head + head;
     for (int64_t i = offset; i < shape.block_size && j < last; ++i, ++j, slot += shape.kv_heads) {
       key_rows[j] = k_cache + slot * shape.key_width;
       value_rows[j] = v_cache + slot * shape.value_width;
     }
   }
 
+  const bool few = rows <= FEW_ROWS;
+  if (few && head == 0) {
+    const int64_t bytes = unit.heads * static_cast<int64_t>(sizeof(Stored));
+    fetch_rows(key_rows, first, last, bytes * shape.key_width);
+    fetch_rows(value_rows, first, last, bytes * shape.value_width);
+  }
+  const float* queries = work.queries + first_row * shape.key_width;
   const int64_t key_panel = shape.key_width * PANEL;
+  Stored* stored_keys = static_cast<Stored*>(work.stored_keys);
   for (int64_t j = begin; j < end; j += KEY_PANELS * PANEL) {
     const int64_t left = (end - j) / PANEL;
     const int64_t panels = left < KEY_PANELS ? left : KEY_PANELS;
     for (int64_t p = 0; p < panels; ++p) {
-      pack_keys<Type>(key_rows + j + p * PANEL, shape.key_width, work.keys + p * key_panel);
+      pack_keys(key_rows + j + p * PANEL, shape.key_width, stored_keys + p * key_panel);
     }
     for (int64_t r = 0; r < rows; ++r) {
       std::memset(work.weights + r * SPLIT + j, 0, panels * PANEL * sizeof(float));
     }
-    gemm(work.queries, shape.key_width, PackedPanels{work.keys, key_panel}, shape.key_width, panels,
-         work.weights + j, SPLIT, rows);
+    const auto score = [&](const auto& keys) {
+      gemm(queries, shape.key_width, keys, shape.key_width, panels, work.weights + j, SPLIT, rows);
+    };
+    if (few) {
+      score(Panels<Type>{stored_keys, key_panel});
+    } else {
+      widen<Type>(stored_keys, panels * key_panel, work.keys);
+      score(Panels<Float<F32>>{work.keys, key_panel});
+    }
   }
 
+  float* values = out.values + first_row * out.stride;
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t own = unit.position + r / shape.group - origin;  // its place in this split
     const int64_t sees_to = own + 1 < last ? own + 1 : last;
     const int64_t sees_from = shape.window > 0 ? own + 1 - shape.window : first;
     softmax_row(work.weights + r * SPLIT, begin, end, sees_from > first ? sees_from : first,
-                sees_to, shape.softcap, out.maximum + r, out.total + r);
-    std::memset(out.values + r * out.stride, 0, padded * sizeof(float));
+                sees_to, shape.softcap, out.maximum + first_row + r, out.total + first_row + r);
+    std::memset(values + r * out.stride, 0, padded * sizeof(float));
   }
 
-  constexpr int64_t DIRECT_ROWS = 6;  // so few rows that V is read once: no need to pack it
-  if (rows <= DIRECT_ROWS && shape.value_width == padded) {
-    gemm(work.weights + begin, SPLIT, StoredRows<Type>{value_rows + begin}, end - begin,
-         padded / PANEL, out.values, out.stride, rows);
+  const auto weigh = [&](const auto& columns) {
+    gemm(work.weights + begin, SPLIT, columns, end - begin, padded / PANEL, values, out.stride,
+         rows);
+  };
+  if (few && shape.value_width == padded) {
+    weigh(StoredRows<Type>{value_rows + begin});
   } else {
     pack_values<Type>(value_rows + begin, end - begin, shape.value_width, SPLIT * PANEL,
-                           work.values);
-    gemm(work.weights + begin, SPLIT, PackedPanels{work.values, SPLIT * PANEL}, end - begin,
-         padded / PANEL, out.values, out.stride, rows);
+                      work.values);
+    weigh(Panels<Float<F32>>{work.values, SPLIT * PANEL});
   }
 }
 

@@ -9,12 +9,13 @@ namespace go {
 
 constexpr int PANEL = 16;  // columns of B that are stored and computed together
 
-// B as panels of fp32: panel p holds [K][PANEL] contiguously.
-struct PackedPanels {
-  const float* data;
+// B as panels of storage type `Type`: panel p holds [K][PANEL] contiguously.
+template <class Type>
+struct Panels {
+  const typename Type::Storage* data;
   int64_t panel_stride;
   GO_INLINE F8 get(int64_t k, int64_t panel, int half) const {
-    return load(data + panel * panel_stride + k * PANEL + half * LANES);
+    return Type::load(data + panel * panel_stride + k * PANEL + half * LANES);
   }
 };
 
@@ -35,12 +36,22 @@ GO_INLINE void gemm_block(const float* a, int64_t a_stride, const B& b, int64_t 
   for (int r = 0; r < R; ++r) {
     for (int j = 0; j < 2 * P; ++j) acc[r][j] = load(c + r * c_stride + j * LANES);
   }
+  // The smaller side is kept in registers: with the accumulators it must fit in 16.
   for (int64_t k = 0; k < depth; ++k) {
-    F8 row[2 * P];
-    for (int j = 0; j < 2 * P; ++j) row[j] = b.get(k, panel + j / 2, j % 2);
-    for (int r = 0; r < R; ++r) {
-      const F8 left = splat(a[r * a_stride + k]);
-      for (int j = 0; j < 2 * P; ++j) acc[r][j] = fma(left, row[j], acc[r][j]);
+    if (R <= 2 * P) {
+      F8 left[R];
+      for (int r = 0; r < R; ++r) left[r] = splat(a[r * a_stride + k]);
+      for (int j = 0; j < 2 * P; ++j) {
+        const F8 right = b.get(k, panel + j / 2, j % 2);
+        for (int r = 0; r < R; ++r) acc[r][j] = fma(left[r], right, acc[r][j]);
+      }
+    } else {
+      F8 right[2 * P];
+      for (int j = 0; j < 2 * P; ++j) right[j] = b.get(k, panel + j / 2, j % 2);
+      for (int r = 0; r < R; ++r) {
+        const F8 left = splat(a[r * a_stride + k]);
+        for (int j = 0; j < 2 * P; ++j) acc[r][j] = fma(left, right[j], acc[r][j]);
+      }
     }
   }
   for (int r = 0; r < R; ++r) {

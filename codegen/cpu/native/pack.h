@@ -1,4 +1,4 @@
-// Rows of the KV cache repacked as fp32 panels for `gemm`.
+// Rows of the KV cache repacked as panels for `gemm`.
 #pragma once
 #include "gemm.h"
 
@@ -6,9 +6,8 @@ namespace go {
 
 #if defined(__AVX2__)
 // 16-bit storage: 16 keys x 8 dims transposed in eight registers, keys 0-7 in the low and 8-15 in
-// the high half of each, then widened.
-template <class Type>
-GO_INLINE void transpose_8_dims(const uint16_t* const* rows, int64_t d, float* to) {
+// the high half of each.
+GO_INLINE void transpose_8_dims(const uint16_t* const* rows, int64_t d, uint16_t* to) {
   __m256i r[8];
   for (int j = 0; j < 8; ++j) {
     const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[j] + d));
@@ -29,18 +28,11 @@ GO_INLINE void transpose_8_dims(const uint16_t* const* rows, int64_t d, float* t
   for (int i = 0; i < 4; ++i) {
     const __m256i even = _mm256_unpacklo_epi64(quads[2 * i], quads[2 * i + 1]);
     const __m256i odd = _mm256_unpackhi_epi64(quads[2 * i], quads[2 * i + 1]);
-    const __m256i dims[2] = {even, odd};
-    for (int o = 0; o < 2; ++o) {
-      uint16_t halves[16];
-      std::memcpy(halves, &dims[o], sizeof halves);
-      float* line = to + (d + 2 * i + o) * PANEL;
-      store(line, Type::load(halves));
-      store(line + LANES, Type::load(halves + LANES));
-    }
+    std::memcpy(to + (d + 2 * i) * PANEL, &even, sizeof even);
+    std::memcpy(to + (d + 2 * i + 1) * PANEL, &odd, sizeof odd);
   }
 }
 
-template <class Type>
 GO_INLINE void transpose_8_dims(const float* const* rows, int64_t d, float* to) {
   for (int half = 0; half < 2; ++half) {
     __m256 r[8], pairs[8], quads[8];
@@ -65,16 +57,22 @@ GO_INLINE void transpose_8_dims(const float* const* rows, int64_t d, float* to) 
 }
 #endif
 
-// PANEL rows of `width` elements, transposed to [width][PANEL].
-template <class Type>
-void pack_keys(const typename Type::Storage* const* rows, int64_t width, float* to) {
+// PANEL rows of `width` elements, transposed to [width][PANEL] in the same storage type.
+template <class Stored>
+void pack_keys(const Stored* const* rows, int64_t width, Stored* to) {
   int64_t d = 0;
 #if defined(__AVX2__)
-  for (; d + 8 <= width; d += 8) transpose_8_dims<Type>(rows, d, to);
+  for (; d + 8 <= width; d += 8) transpose_8_dims(rows, d, to);
 #endif
   for (; d < width; ++d) {
-    for (int j = 0; j < PANEL; ++j) to[d * PANEL + j] = Type::get(rows[j][d]);
+    for (int j = 0; j < PANEL; ++j) to[d * PANEL + j] = rows[j][d];
   }
+}
+
+// n elements (whole vectors) as fp32.
+template <class Type>
+void widen(const typename Type::Storage* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i += LANES) store(to + i, Type::load(from + i));
 }
 
 // `count` rows of `width` elements as panels [width / PANEL][panel_stride / PANEL][PANEL]; the

@@ -6,7 +6,7 @@
 
 namespace go {
 
-constexpr int SPINS_BEFORE_YIELD = 4000;
+constexpr int SPINS_BEFORE_YIELD = 200;
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)

@@ -1,0 +1,44 @@
+# `make demo` and `make test` are the two commands of the README; both work from a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-fast install install-dev lint typecheck docs bench clean
+
+demo: install
+	$(BIN)/graphopt demo
+
+install: $(VENV)/.installed
+
+# Plain (not editable) install: what `make demo` runs is what a user gets.
+$(VENV)/.installed: pyproject.toml $(shell find graphopt passes codegen runtime models -name '*.py' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python tools/install.py .
+	touch $@
+
+install-dev:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python tools/install.py -e '.[dev]'
+
+test: install-dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python tools/typecheck.py
+	$(BIN)/python -m pytest
+
+test-fast: install-dev
+	$(BIN)/python -m pytest -m "not real_model and not slow"
+
+lint:
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+typecheck:
+	$(BIN)/python tools/typecheck.py
+
+bench: install-dev
+	$(BIN)/python -m pip install '.[bench]'
+	$(BIN)/python benchmarks/decode_cpu.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,97 @@
+"""The cpu backend: serving graphs become native plans, captured graphs run on ATen.
+
+Needs a C++ compiler once per machine; `select` falls back to the reference backend, with a note,
+where there is none.
+"""
+
+from __future__ import annotations
+
+import torch
+from graphopt.codegen.backend import Backend, check_weights
+from graphopt.codegen.cpu.abi import NativeLibrary
+from graphopt.codegen.cpu.build import load_library
+from graphopt.codegen.cpu.executable import CpuServing, lower_serving
+from graphopt.codegen.cpu.packing import KernelWeight, pack_dense, pack_low_bit
+from graphopt.codegen.reference import ReferenceBackend, ReferenceForward
+
+from graphopt.errors import BackendError, UnsupportedError
+from graphopt.ir.graph import Graph, argument
+from graphopt.ir.weights import PackedWeight
+from graphopt.ops import embedding_wq, linear_wq
+from graphopt.report import Report
+
+BACKENDS = ("cpu", "reference")
+
+
+class CpuBackend:
+    """See the module docstring. threads: of the native pool; None: as many as torch uses."""
+
+    name = "cpu"
+
+    def __init__(self, library: NativeLibrary, threads: int | None = None) -> None:
+        self._library = library
+        self._threads = threads or torch.get_num_threads()
+
+    def lower(self, graph: Graph) -> ReferenceForward:
+        """Captured graphs run on ATen's kernels, op by op."""
+        return ReferenceForward(graph)
+
+    def lower_serving(
+        self, graph: Graph, kv_dtype: torch.dtype | None, max_context: int | None
+    ) -> CpuServing:
+        """Pack the weights into kernel layouts and plan the step.
+
+        The graph's own copies of the packed weights are released one by one (they become meta
+        tensors); `CpuServing.original_weights` gives them back, bit for bit.
+        """
+        check_weights(graph)
+        readers = low_bit_readers(graph)
+
+        def pack(name: str) -> KernelWeight:
+            if name in readers:
+                packed = pack_low_bit(readers[name])
+                parts = [f"{name}.{part}" for part in ("codes", "scale", "zero")]
+            else:
+                packed = pack_dense(graph.weights[name])
+                parts = [name]
+            for part in parts:
+                if part in graph.weights:
+                    graph.weights[part] = graph.weights[part].to("meta")
+            readers.pop(name, None)
+            return packed
+
+        return lower_serving(graph, self._library, pack, kv_dtype, max_context, self._threads)
+
+
+def low_bit_readers(graph: Graph) -> dict[str, PackedWeight]:
+    """Weight name -> packed weight, as the low-bit ops of a graph read it."""
+    found: dict[str, PackedWeight] = {}
+    for op in (linear_wq.SPEC.overload, embedding_wq.SPEC.overload):
+        for node in graph.calls(op):
+            codes, scale, zero = (
+                argument(node, part) for part in ("codes_NKp", "scale_NG", "zero_NG")
+            )
+            name = str(codes.target).removesuffix(".codes")
+            found[name] = PackedWeight(
+                int(argument(node, "bits")),
+                int(argument(node, "group")),
+                graph.weights[str(codes.target)],
+                graph.weights[str(scale.target)],
+                None if zero is None else graph.weights[str(zero.target)],
+                int(argument(node, "offset")),
+                "",
+            )
+    return found
+
+
+def select(name: str, report: Report, threads: int | None = None) -> Backend:
+    """The backend called `name`. Raises UnsupportedError for unknown names."""
+    if name == "reference":
+        return ReferenceBackend()
+    if name != "cpu":
+        raise UnsupportedError(f"backend {name!r} is not supported; supported: {BACKENDS}")
+    try:
+        return CpuBackend(load_library(), threads)
+    except BackendError as error:
+        report.note(f"cpu backend unavailable, running on the slow reference backend: {error}")
+        return ReferenceBackend()

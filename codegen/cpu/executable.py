@@ -1,0 +1,197 @@
+"""A lowered serving graph: weights in kernel layouts, a plan, an arena; one native call a step."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from graphopt.codegen.backend import Cache
+from graphopt.codegen.cpu.abi import Instr, NativeLibrary, Op, Sym
+from graphopt.codegen.cpu.dtypes import NATIVE_DTYPES
+from graphopt.codegen.cpu.lower import LOGITS, Lowering
+from graphopt.codegen.cpu.packing import KernelWeight, unpack
+from graphopt.codegen.cpu.plan import ARENA, HostStep, Plan, Segment
+from graphopt.codegen.cpu.views import Extent, View
+from graphopt.codegen.reference import (
+    TensorCache,
+    cache_bytes_per_token,
+    make_cache,
+    vocabulary,
+)
+from graphopt.passes.cache.insert_kv_cache import STEP_INPUTS
+from torch import Tensor
+
+from graphopt.errors import BackendError
+from graphopt.ir.graph import Graph
+
+_CACHE_OPS = (Op.OP_KV_WRITE, Op.OP_PAGED_ATTENTION)
+_MATRIX_OPS = (Op.OP_EMBED, Op.OP_LINEAR)
+
+
+class CpuServing:
+    """See the module docstring.
+
+    matrices: kernel layout of each weight read by a linear or an embedding; vectors: the others.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        library: NativeLibrary,
+        matrices: dict[str, KernelWeight],
+        vectors: dict[str, Tensor],
+        plan: Plan,
+        kv_dtype: torch.dtype | None,
+        max_context: int | None,
+        threads: int,
+    ) -> None:
+        self.graph, self.kv_dtype, self.max_context = graph, kv_dtype, max_context
+        self.matrices, self.vectors, self.plan = matrices, vectors, plan
+        self.vocab_size = vocabulary(graph)
+        self.cache_bytes_per_token = cache_bytes_per_token(graph, kv_dtype)
+        (logits,) = graph.output_nodes
+        self._logits_dtype: torch.dtype = logits.meta["val"].dtype
+        self._library, self._threads = library, threads
+        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._bases = (ctypes.c_void_p * (len(plan.externals) + 1))()
+        self._syms = (ctypes.c_int64 * Sym.SYM_COUNT)(1)
+        self._base_of = {name: base for base, name in enumerate(plan.externals, start=1)}
+        self._cache_names = [spec.name for spec in graph.inputs if spec.kind == "cache"]
+        self._bound_cache: TensorCache | None = None
+        self._host_tensors: dict[int, Tensor] = {}
+        for name, base in self._base_of.items():
+            kind, _, weight = name.partition(":")
+            if kind == "matrix":
+                self._bases[base] = matrices[weight].data.data_ptr()
+            elif kind == "tensor":
+                self._host_tensors[base] = vectors[weight]
+                self._bases[base] = vectors[weight].data_ptr()
+        self._finish_matrices()
+
+    def _instrs(self) -> list[Instr]:
+        return [
+            instr
+            for segment in self.plan.segments
+            if isinstance(segment, Segment)
+            for instr in segment.instrs  # type: ignore[attr-defined]
+        ]
+
+    def _finish_matrices(self) -> None:
+        """Weight kinds are known only after packing."""
+        name_of = {base: name for name, base in self._base_of.items()}
+        for instr in self._instrs():
+            if instr.op in _MATRIX_OPS:
+                weight = self.matrices[name_of[instr.operands[2].base].partition(":")[2]]
+                instr.attrs_i[0] = weight.kind
+                instr.attrs_i[4] = weight.offset
+
+    def original_weights(self) -> dict[str, Tensor]:
+        """The weights that lowering took over, in their original form, bit for bit."""
+        originals: dict[str, Tensor] = {}
+        for name, weight in self.matrices.items():
+            plain = unpack(weight)
+            if isinstance(plain, Tensor):
+                originals[name] = plain
+                continue
+            originals[f"{name}.codes"] = plain.codes_NKp
+            originals[f"{name}.scale"] = plain.scale_NG
+            if plain.zero_NG is not None:
+                originals[f"{name}.zero"] = plain.zero_NG
+        return originals
+
+    def new_cache(self, num_blocks: int, block_size: int) -> TensorCache:
+        """Zeroed storage."""
+        return make_cache(self.graph, num_blocks, block_size, self.kv_dtype)
+
+    def __call__(
+        self,
+        cache: Cache,
+        *,
+        tokens: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        query_start: Tensor,
+        kv_lens: Tensor,
+        block_tables: Tensor,
+        logit_rows: Tensor,
+    ) -> Tensor:
+        """One step; see `ServingExecutable`."""
+        if not isinstance(cache, TensorCache):
+            raise BackendError("this cache was made by another executable")
+        if cache is not self._bound_cache:
+            self._bind(cache)
+        rows = tokens.shape[0]
+        needed = self.plan.arena_fixed + self.plan.arena_per_token * rows + 64
+        if self._arena.numel() < needed:
+            self._arena = torch.empty(needed, dtype=torch.uint8)
+        logits = torch.empty((logit_rows.shape[0], self.vocab_size), dtype=self._logits_dtype)
+        step = (tokens, positions, slots, query_start, kv_lens, block_tables, logit_rows)
+        bases = self._bases
+        bases[ARENA] = -(-self._arena.data_ptr() // 64) * 64
+        self._set(LOGITS, logits)
+        for (name, _), value in zip(STEP_INPUTS, step, strict=True):
+            self._set(name, value)
+        self._syms[Sym.SYM_TOKENS] = rows
+        self._syms[Sym.SYM_REQUESTS] = kv_lens.shape[0]
+        self._syms[Sym.SYM_LOGIT_ROWS] = logit_rows.shape[0]
+        self._syms[Sym.SYM_BLOCK_COLUMNS] = block_tables.shape[1]
+        for segment in self.plan.segments:
+            if isinstance(segment, HostStep):
+                segment.run(self._resolve)
+            else:
+                self._library.run(segment.instrs, bases, self._syms, self._threads)  # type: ignore[arg-type]
+        return logits
+
+    def _set(self, name: str, value: Tensor) -> None:
+        base = self._base_of.get(name)
+        if base is not None:
+            self._bases[base] = value.data_ptr()
+            self._host_tensors[base] = value
+
+    def _bind(self, cache: TensorCache) -> None:
+        """Point the plan at a cache; the block size and storage dtype are the cache's."""
+        dtype_of: dict[int, int] = {}
+        for name, tensor in zip(self._cache_names, cache.tensors, strict=True):
+            self._set(name, tensor)
+            dtype_of[self._base_of[name]] = NATIVE_DTYPES[tensor.dtype]
+        block_size = cache.tensors[0].shape[1] if cache.tensors else 1
+        for instr in self._instrs():
+            if instr.op in _CACHE_OPS:
+                instr.attrs_i[0] = block_size
+                for operand in instr.operands:
+                    operand.dtype = dtype_of.get(operand.base, operand.dtype)
+        self._bound_cache = cache
+
+    def _resolve(self, view: View | Extent) -> Any:
+        """A torch tensor (or a number) for a host step."""
+        if isinstance(view, Extent):
+            return view.mult * self._syms[view.sym]
+        base, fixed, per_token = self.plan.places[view.buffer]
+        sizes = [e.mult * self._syms[e.sym] for e in view.extents]
+        if base == ARENA:
+            shift = self._bases[ARENA] - self._arena.data_ptr()
+            start = shift + fixed + per_token * self._syms[Sym.SYM_TOKENS] + view.offset
+            typed = self._arena[start:]
+            typed = typed[: typed.numel() // view.dtype.itemsize * view.dtype.itemsize]
+            return typed.view(view.dtype).as_strided(sizes, view.strides)
+        storage = self._host_tensors[base]
+        start = storage.storage_offset() + view.offset // view.dtype.itemsize
+        return storage.as_strided(sizes, view.strides, start)
+
+
+def lower_serving(
+    graph: Graph,
+    library: NativeLibrary,
+    pack: Callable[[str], KernelWeight],
+    kv_dtype: torch.dtype | None,
+    max_context: int | None,
+    threads: int,
+) -> CpuServing:
+    """Lower `graph`. `pack(name)` gives a weight's kernel layout."""
+    lowering = Lowering(graph)
+    plan = lowering.run()
+    matrices = {name: pack(name) for name in lowering.matrices}
+    vectors = {name: graph.weights[name].contiguous() for name in lowering.vectors}
+    return CpuServing(graph, library, matrices, vectors, plan, kv_dtype, max_context, threads)

@@ -1,0 +1,271 @@
+"""Lowering of a serving graph to a CPU plan: one rule an op, torch for the ops without one.
+
+Shape ops become views and cost nothing. An op whose rule does not apply to its operands (integer
+arithmetic, an unusual layout) becomes a host step: torch runs it on views of the arena between two
+native segments, so every graph runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from graphopt.codegen.cpu.abi import Op, Sym
+from graphopt.codegen.cpu.dtypes import FLOATS
+from graphopt.codegen.cpu.plan import HostStep, NativeStep, Plan, PlanBuilder
+from graphopt.codegen.cpu.views import Extent, View, row_major
+from torch import Tensor, fx
+
+from graphopt.errors import BackendError
+from graphopt.ir.graph import Graph, argument, where
+from graphopt.ops.registry import is_impure
+
+SYMBOLS = {
+    "rows": Sym.SYM_TOKENS,
+    "requests": Sym.SYM_REQUESTS,
+    "logit_rows": Sym.SYM_LOGIT_ROWS,
+    "block_columns": Sym.SYM_BLOCK_COLUMNS,
+}
+LOGITS = "logits"
+
+Rule = Callable[["Lowering", fx.Node], bool]
+RULES: dict[object, Rule] = {}
+
+
+def rule(*targets: object) -> Callable[[Rule], Rule]:
+    """Register a lowering rule. It returns False when it does not apply to this call."""
+
+    def add(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(targets, function))
+        return function
+
+    return add
+
+
+class Lowering:
+    """State of one lowering: the view of every node, and the plan so far.
+
+    matrices: weights read in a kernel layout; vectors: weights read as plain tensors.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.plan = PlanBuilder()
+        self.views: dict[fx.Node, View] = {}
+        self.matrices: dict[str, str] = {}
+        self.vectors: dict[str, torch.dtype] = {}
+        self._symbols = {text: SYMBOLS.get(name) for text, name in graph.symbols.items()}
+
+    def run(self) -> Plan:
+        """Lower every node."""
+        (logits,) = self.graph.output_nodes
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                self._input(node)
+            elif node.op == "call_function":
+                self._call(node)
+        self._result(logits)
+        return self.plan.finish()
+
+    def _input(self, node: fx.Node) -> None:
+        value = node.meta["val"]
+        buffer = self.plan.external(str(node.target))
+        if str(node.target).startswith(("k_cache_", "v_cache_")):
+            self.views[node] = View(buffer, value.dtype, (), ())
+            return
+        extents = tuple(self.extent(size, node) for size in value.shape)
+        strides = tuple([0] * (len(extents) - 1) + [1]) if extents else ()
+        self.views[node] = View(buffer, value.dtype, extents, strides)
+
+    def _call(self, node: fx.Node) -> None:
+        if not isinstance(node.meta["val"], Tensor) and not is_impure(node.target):
+            if isinstance(node.meta["val"], (list, tuple)):
+                self._host(node)
+            return
+        apply = RULES.get(node.target)
+        if apply is None or not apply(self, node):
+            self._host(node)
+
+    def _result(self, node: fx.Node) -> None:
+        view = self.view(node)
+        out = View(self.plan.external(LOGITS), view.dtype, view.extents, row_major(view.extents))
+        self.copy(view, out)
+
+    def extent(self, size: Any, node: fx.Node) -> Extent:
+        """A size as `mult * symbol`."""
+        if isinstance(size, int):
+            return Extent(size)
+        expr = size.node.expr
+        mult, symbols = expr.as_coeff_Mul()
+        sym = self._symbols.get(str(symbols))
+        if isinstance(symbols, sympy.Symbol) and sym is not None and mult.is_Integer:
+            return Extent(int(mult), sym)
+        raise BackendError(f"size {expr} of {where(node)} is not a multiple of one row count")
+
+    def extents(self, node: fx.Node) -> tuple[Extent, ...]:
+        """Shape of a node."""
+        return tuple(self.extent(size, node) for size in node.meta["val"].shape)
+
+    def view(self, node: Any) -> View:
+        """Where an operand lies; a weight becomes an external on first use."""
+        if node not in self.views:
+            assert isinstance(node, fx.Node)
+            assert node.op == "get_attr", where(node)
+            name = str(node.target)
+            value = node.meta["val"]
+            extents = tuple(Extent(int(s)) for s in value.shape)
+            self.vectors[name] = value.dtype
+            buffer = self.plan.external(f"tensor:{name}")
+            self.views[node] = View(buffer, value.dtype, extents, row_major(extents))
+        return self.views[node]
+
+    def allocate(self, extents: Sequence[Extent], dtype: torch.dtype) -> View:
+        """A new temporary; `[1, H, T, D]` is laid out as `[T, H, D]`."""
+        buffer = self.plan.temporary(extents, dtype.itemsize)
+        return View(buffer, dtype, tuple(extents), row_major(extents))
+
+    def output(self, node: fx.Node) -> View:
+        """A new temporary for the result of `node`."""
+        view = self.allocate(self.extents(node), node.meta["val"].dtype)
+        self.views[node] = view
+        return view
+
+    def add(
+        self,
+        op: Op,
+        operands: Sequence[View | None],
+        dims: Sequence[Extent],
+        strides: Sequence[Sequence[int]],
+        attrs_i: Sequence[int] = (),
+        attrs_f: Sequence[float] = (),
+        writes: int = 1,
+    ) -> None:
+        """Append a native step."""
+        step = NativeStep(
+            op,
+            tuple(operands),
+            tuple(dims),
+            tuple(tuple(s) for s in strides),
+            tuple(attrs_i),
+            tuple(attrs_f),
+            writes,
+        )
+        self.plan.steps.append(step)
+
+    def copy(self, source: View, target: View) -> None:
+        """Element-wise copy or cast between views of one shape."""
+        elementwise(self, Op.OP_UNARY, [target, source], (0,))
+
+    def dense(self, view: View) -> View:
+        """`view` itself when it is dense with rows slowest, else a dense copy."""
+        if view.strides == row_major(view.extents):
+            return view
+        made = self.allocate(view.extents, view.dtype)
+        self.copy(view, made)
+        return made
+
+    def rows_by_width(self, view: View) -> tuple[Extent, int, int] | None:
+        """(rows, row stride, width) with all axes but the symbolic (or first) one in the width;
+        None when they are not dense."""
+        axes = view.axes()
+        if not axes:
+            return Extent(1), 1, 1
+        symbolic = [i for i, (e, _) in enumerate(axes) if e.sym is not Sym.SYM_ONE]
+        if not symbolic:
+            axes = [(Extent(1), 0), *axes]
+            symbolic = [0]
+        (row,) = symbolic
+        rest = axes[:row] + axes[row + 1 :]
+        expected = 1
+        for extent, stride in reversed(rest):
+            if stride != expected:
+                return None
+            expected *= extent.mult
+        return axes[row][0], axes[row][1], expected
+
+    def rows_heads_width(self, view: View) -> tuple[Extent, Extent, int, int, int] | None:
+        """(rows, heads, width, row stride, head stride): at most one plain axis beside the last."""
+        last_extent, last_stride = view.extents[-1], view.strides[-1]
+        if last_extent.sym is not Sym.SYM_ONE or (last_stride != 1 and not last_extent.is_one):
+            return None
+        rows, heads = (Extent(1), 0), (Extent(1), 0)
+        leading = list(zip(view.extents, view.strides, strict=True))[:-1]
+        for extent, stride in leading:
+            if extent.is_one:
+                continue
+            if extent.sym is not Sym.SYM_ONE and rows[0].is_one:
+                rows = (extent, stride)
+            elif extent.sym is Sym.SYM_ONE and heads[0].is_one:
+                heads = (extent, stride)
+            else:
+                return None
+        return rows[0], heads[0], last_extent.mult, rows[1], heads[1]
+
+    def _host(self, node: fx.Node) -> None:
+        host_step(self, node)
+
+
+def elementwise(
+    lowering: Lowering,
+    op: Op,
+    views: Sequence[View],
+    attrs_i: Sequence[int],
+    attrs_f: Sequence[float] = (),
+) -> None:
+    """Append a step over at most four axes; neighbouring axes that step alike are merged."""
+    target = views[0]
+    expanded = [v.expanded(target.extents) for v in views]
+    axes: list[tuple[Extent, list[int]]] = []
+    for i, extent in enumerate(target.extents):
+        if extent.is_one:
+            continue
+        steps = [v.strides[i] for v in expanded]
+        if axes and extent.sym is Sym.SYM_ONE:
+            outer, outer_steps = axes[-1]
+            if all(o == s * extent.mult for o, s in zip(outer_steps, steps, strict=True)):
+                axes[-1] = (Extent(outer.mult * extent.mult, outer.sym), steps)
+                continue
+        axes.append((extent, steps))
+    if len(axes) > 4:
+        raise BackendError(f"an element-wise step over {len(axes)} axes; at most 4 are supported")
+    axes = [(Extent(1), [0] * len(views))] * (4 - len(axes)) + axes
+    strides = [[steps[j] for _, steps in axes] for j in range(len(views))]
+    lowering.add(op, views, [e for e, _ in axes], strides, attrs_i, attrs_f)
+
+
+def host_step(lowering: Lowering, node: fx.Node) -> None:
+    """Run `node` with torch: its tensor operands are views of the plan's memory."""
+    inputs = [n for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor)]
+    sizes = [n for n in node.all_input_nodes if not isinstance(n.meta["val"], Tensor)]
+    if is_impure(node.target) or not isinstance(node.meta["val"], Tensor):
+        raise BackendError(f"the cpu backend has no way to run {where(node)}")
+    views = {n: lowering.view(n) for n in inputs}
+    extents = {n: lowering.extent(n.meta["val"], n) for n in sizes}
+    out = lowering.output(node)
+    target, args, kwargs = node.target, node.args, node.kwargs
+
+    def run(tensor: Callable[[View | Extent], Any]) -> None:
+        def value(n: fx.Node) -> Any:
+            return tensor(views[n]) if n in views else tensor(extents[n])
+
+        assert callable(target)
+        result = target(*fx.node.map_arg(args, value), **fx.node.map_arg(kwargs, value))
+        tensor(out).copy_(result)
+
+    step = HostStep(run, (out, *views.values()), where(node))
+    lowering.plan.steps.append(step)
+
+
+def tensor_floats(*views: View) -> bool:
+    """True when every view holds floats a kernel takes."""
+    return all(v.dtype in FLOATS for v in views)
+
+
+def scalar(value: Any) -> float | None:
+    """A Python number as float; None for nodes and anything else."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+__all__ = ["RULES", "Lowering", "argument", "elementwise", "rule", "scalar", "tensor_floats"]

@@ -1,0 +1,257 @@
+"""A plan under construction: instructions over virtual buffers, then memory and barriers.
+
+`PlanBuilder` collects instructions whose operands are views into numbered buffers. `finish` gives
+every temporary buffer a place in one arena (liveness, first fit), converts the instructions to the
+native ABI, and sets a barrier only where an instruction touches memory that an earlier one, since
+the last barrier, has written (or read, if it writes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from graphopt.codegen.cpu.abi import Dim, DType, Instr, Op, Operand, Sym
+from graphopt.codegen.cpu.dtypes import NATIVE_DTYPES
+from graphopt.codegen.cpu.views import Extent, View
+from torch import Tensor
+
+ALIGNMENT = 64
+ARENA = 0
+LOGITS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Temporary:
+    """A buffer that lives in the arena. bytes_per_token != 0: it grows with the rows."""
+
+    fixed_bytes: int
+    bytes_per_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class External:
+    """Memory that somebody else owns: logits, step inputs, caches, weights."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NativeStep:
+    """One kernel call, operands still as views. The first `writes` operands are written."""
+
+    op: Op
+    operands: tuple[View | None, ...]
+    dims: tuple[Extent, ...]
+    strides: tuple[tuple[int, ...], ...]
+    attrs_i: tuple[int, ...] = ()
+    attrs_f: tuple[float, ...] = ()
+    writes: int = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HostStep:
+    """An op without a kernel: torch runs it between two native segments."""
+
+    run: Callable[[Callable[[View], Tensor]], None]
+    operands: tuple[View, ...]
+    text: str
+    writes: int = 1
+
+
+Step = NativeStep | HostStep
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """Instructions executed by one native call."""
+
+    instrs: object
+    count: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """What the executable runs.
+
+    places: buffer -> (base, fixed offset, offset per token), for host steps.
+    externals: base number -> name, from base 1 on.
+    """
+
+    segments: tuple[Segment | HostStep, ...]
+    places: dict[int, tuple[int, int, int]]
+    externals: tuple[str, ...]
+    arena_fixed: int
+    arena_per_token: int
+    barriers: int
+
+    @property
+    def host_steps(self) -> list[str]:
+        """Ops that torch runs, for the report."""
+        return [s.text for s in self.segments if isinstance(s, HostStep)]
+
+
+@dataclass(eq=False)
+class PlanBuilder:
+    """Collects steps and buffers."""
+
+    steps: list[Step] = field(default_factory=list)
+    buffers: list[Temporary | External] = field(default_factory=list)
+
+    def temporary(self, extents: Sequence[Extent], itemsize: int) -> int:
+        """A new arena buffer large enough for dense `extents`; returns its number."""
+        size = itemsize
+        grows = False
+        for extent in extents:
+            size *= extent.mult
+            grows = grows or extent.sym is not Sym.SYM_ONE
+        size = -(-size // ALIGNMENT) * ALIGNMENT
+        self.buffers.append(Temporary(0, size) if grows else Temporary(size, 0))
+        return len(self.buffers) - 1
+
+    def external(self, name: str) -> int:
+        """The buffer of a named external, made on first use."""
+        for number, buffer in enumerate(self.buffers):
+            if isinstance(buffer, External) and buffer.name == name:
+                return number
+        self.buffers.append(External(name))
+        return len(self.buffers) - 1
+
+    def finish(self) -> Plan:
+        """Place buffers, set barriers, convert."""
+        externals = tuple(b.name for b in self.buffers if isinstance(b, External))
+        base_of = {name: base for base, name in enumerate(externals, start=1)}
+        places, fixed, per_token = self._place()
+        for number, buffer in enumerate(self.buffers):
+            if isinstance(buffer, External):
+                places[number] = (base_of[buffer.name], 0, 0)
+        segments: list[Segment | HostStep] = []
+        pending: list[Instr] = []
+        hazards = _Hazards(self.buffers, places)
+        barriers = 0
+
+        def flush() -> None:
+            if pending:
+                segments.append(Segment((Instr * len(pending))(*pending), len(pending)))
+                pending.clear()
+            hazards.clear()
+
+        for step in self.steps:
+            written = [v for v in step.operands[: step.writes] if v is not None]
+            read = [v for v in step.operands[step.writes :] if v is not None]
+            if isinstance(step, HostStep):
+                flush()
+                segments.append(step)
+                continue
+            wait = hazards.conflict(read, written)
+            if wait:
+                hazards.clear()
+                barriers += 1
+            hazards.add(read, written)
+            pending.append(_instr(step, wait, places))
+        flush()
+        return Plan(tuple(segments), places, externals, fixed, per_token, barriers)
+
+    def _place(self) -> tuple[dict[int, tuple[int, int, int]], int, int]:
+        first: dict[int, int] = {}
+        last: dict[int, int] = {}
+        for time, step in enumerate(self.steps):
+            for view in step.operands:
+                if view is not None and isinstance(self.buffers[view.buffer], Temporary):
+                    first.setdefault(view.buffer, time)
+                    last[view.buffer] = time
+        regions = (_FirstFit(), _FirstFit())
+        places: dict[int, tuple[int, int, int]] = {}
+        raw: dict[int, tuple[int, int]] = {}
+        for number in sorted(first, key=lambda n: (first[n], n)):
+            buffer = self.buffers[number]
+            assert isinstance(buffer, Temporary)
+            kind = 1 if buffer.bytes_per_token else 0
+            size = buffer.bytes_per_token or buffer.fixed_bytes
+            raw[number] = (kind, regions[kind].take(size, first[number], last[number]))
+        fixed, per_token = regions[0].peak, regions[1].peak
+        for number, (kind, offset) in raw.items():
+            places[number] = (ARENA, fixed, offset) if kind else (ARENA, offset, 0)
+        return places, fixed, per_token
+
+
+class _FirstFit:
+    """Offsets for intervals of time; two that overlap in time never overlap in space."""
+
+    def __init__(self) -> None:
+        self._taken: list[tuple[int, int, int]] = []
+        self.peak = 0
+
+    def take(self, size: int, start: int, end: int) -> int:
+        live = sorted((o, s) for o, s, until in self._taken if until >= start)
+        offset = 0
+        for other, length in live:
+            if offset + size <= other:
+                break
+            offset = max(offset, other + length)
+        self._taken = [entry for entry in self._taken if entry[2] >= start]
+        self._taken.append((offset, size, end))
+        self.peak = max(self.peak, offset + size)
+        return offset
+
+
+class _Hazards:
+    """Memory read and written since the last barrier."""
+
+    def __init__(
+        self, buffers: Sequence[Temporary | External], places: dict[int, tuple[int, int, int]]
+    ) -> None:
+        self._buffers, self._places = buffers, places
+        self._read: list[tuple[int, int, int]] = []
+        self._written: list[tuple[int, int, int]] = []
+
+    def _range(self, view: View) -> tuple[int, int, int]:
+        """(address space, first, end): the whole buffer, in its own space."""
+        buffer = self._buffers[view.buffer]
+        base, fixed, per_token = self._places[view.buffer]
+        if isinstance(buffer, External):
+            return (base, 0, 1)
+        if buffer.bytes_per_token:
+            return (-1, per_token, per_token + buffer.bytes_per_token)
+        return (-2, fixed, fixed + buffer.fixed_bytes)
+
+    def conflict(self, read: Sequence[View], written: Sequence[View]) -> bool:
+        new_read = [self._range(v) for v in read]
+        new_written = [self._range(v) for v in written]
+        return (
+            _overlap(new_read, self._written)
+            or _overlap(new_written, self._written)
+            or _overlap(new_written, self._read)
+        )
+
+    def add(self, read: Sequence[View], written: Sequence[View]) -> None:
+        self._read += [self._range(v) for v in read]
+        self._written += [self._range(v) for v in written]
+
+    def clear(self) -> None:
+        self._read.clear()
+        self._written.clear()
+
+
+def _overlap(left: Sequence[tuple[int, int, int]], right: Sequence[tuple[int, int, int]]) -> bool:
+    return any(a[0] == b[0] and a[1] < b[2] and b[1] < a[2] for a in left for b in right)
+
+
+def _instr(step: NativeStep, wait: bool, places: dict[int, tuple[int, int, int]]) -> Instr:
+    instr = Instr(op=step.op, barrier=int(wait))
+    instr.absent_operands()
+    for i, view in enumerate(step.operands):
+        if view is not None:
+            base, fixed, per_token = places[view.buffer]
+            dtype = NATIVE_DTYPES.get(view.dtype, DType.U8)
+            instr.operands[i] = Operand(base, dtype, fixed + view.offset, per_token)
+    for i, extent in enumerate(step.dims):
+        instr.dims[i] = Dim(extent.mult, extent.sym)
+    for i, row in enumerate(step.strides):
+        for j, stride in enumerate(row):
+            instr.strides[i][j] = stride
+    for i, value in enumerate(step.attrs_i):
+        instr.attrs_i[i] = value
+    for i, real in enumerate(step.attrs_f):
+        instr.attrs_f[i] = real
+    return instr

@@ -1,0 +1,342 @@
+"""Lowering of the ops that compute: kernels of `native/abi.h`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from graphopt.codegen.cpu.abi import BinaryKind, GluKind, NormCast, Op, RopeStyle, Sym, UnaryKind
+from graphopt.codegen.cpu.dtypes import FLOATS
+from graphopt.codegen.cpu.lower import (
+    Lowering,
+    argument,
+    elementwise,
+    rule,
+    scalar,
+    tensor_floats,
+)
+from graphopt.codegen.cpu.views import Extent, View
+from torch import Tensor, fx
+
+from graphopt.ops import (
+    embedding_wq,
+    geglu,
+    kv_write,
+    linear_wq,
+    paged_attention,
+    rms_norm,
+    rope,
+    swiglu,
+)
+
+aten = torch.ops.aten
+
+_UNARY = {
+    aten.neg.default: UnaryKind.UNARY_NEG,
+    aten.exp.default: UnaryKind.UNARY_EXP,
+    aten.rsqrt.default: UnaryKind.UNARY_RSQRT,
+    aten.sqrt.default: UnaryKind.UNARY_SQRT,
+    aten.sigmoid.default: UnaryKind.UNARY_SIGMOID,
+    aten.silu.default: UnaryKind.UNARY_SILU,
+    aten.tanh.default: UnaryKind.UNARY_TANH,
+    aten.relu.default: UnaryKind.UNARY_RELU,
+    aten.cos.default: UnaryKind.UNARY_COS,
+    aten.sin.default: UnaryKind.UNARY_SIN,
+    aten.reciprocal.default: UnaryKind.UNARY_RECIPROCAL,
+}
+_BINARY = {
+    aten.add.Tensor: BinaryKind.BINARY_ADD,
+    aten.sub.Tensor: BinaryKind.BINARY_SUB,
+    aten.mul.Tensor: BinaryKind.BINARY_MUL,
+    aten.div.Tensor: BinaryKind.BINARY_DIV,
+    aten.maximum.default: BinaryKind.BINARY_MAX,
+    aten.minimum.default: BinaryKind.BINARY_MIN,
+    aten.add.Scalar: BinaryKind.BINARY_ADD,
+    aten.sub.Scalar: BinaryKind.BINARY_SUB,
+    aten.mul.Scalar: BinaryKind.BINARY_MUL,
+    aten.div.Scalar: BinaryKind.BINARY_DIV,
+}
+
+
+@rule(*_UNARY)
+def unary(lowering: Lowering, node: fx.Node) -> bool:
+    """One operand, same shape."""
+    return _unary(lowering, node, _UNARY[node.target])
+
+
+@rule(aten.gelu.default)
+def gelu(lowering: Lowering, node: fx.Node) -> bool:
+    """Both spellings."""
+    is_tanh = argument(node, "approximate") == "tanh"
+    kind = UnaryKind.UNARY_GELU_TANH if is_tanh else UnaryKind.UNARY_GELU
+    return _unary(lowering, node, kind)
+
+
+@rule(aten.pow.Tensor_Scalar)
+def square(lowering: Lowering, node: fx.Node) -> bool:
+    """Only the second power has a kernel."""
+    return argument(node, "exponent") == 2 and _unary(lowering, node, UnaryKind.UNARY_SQUARE)
+
+
+@rule(aten.to.dtype, aten._to_copy.default, aten.to.device, aten.to.dtype_layout)
+def cast(lowering: Lowering, node: fx.Node) -> bool:
+    """Same values in another dtype; the kernel takes float to float and integer to float."""
+    source = lowering.view(node.args[0])
+    dtype = node.meta["val"].dtype
+    if dtype == source.dtype:
+        lowering.views[node] = source
+        return True
+    # The copy kernel rounds once, from a float or an integer to a float.
+    if dtype not in FLOATS or source.dtype not in (*FLOATS, torch.int64, torch.int32):
+        return False
+    lowering.output(node)
+    lowering.copy(source, lowering.views[node])
+    return True
+
+
+def _unary(lowering: Lowering, node: fx.Node, kind: UnaryKind) -> bool:
+    source = lowering.view(node.args[0])
+    if not tensor_floats(source) or node.meta["val"].dtype != source.dtype:
+        return False
+    elementwise(lowering, Op.OP_UNARY, [lowering.output(node), source], (kind,))
+    return True
+
+
+@rule(*_BINARY)
+def binary(lowering: Lowering, node: fx.Node) -> bool:
+    """Two operands with broadcasting, or one and a number."""
+    left, right = node.args[:2]
+    if node.kwargs.get("alpha", 1) != 1 or len(node.args) > 2 or not isinstance(left, fx.Node):
+        return False
+    return _binary(lowering, node, _BINARY[node.target], left, right)
+
+
+def _binary(lowering: Lowering, node: fx.Node, kind: BinaryKind, left: Any, right: Any) -> bool:
+    number = scalar(right)
+    views = [lowering.view(left)]
+    if number is None:
+        if not isinstance(right, fx.Node) or not isinstance(right.meta["val"], Tensor):
+            return False
+        views.append(lowering.view(right))
+    if not tensor_floats(*views) or node.meta["val"].dtype not in (v.dtype for v in views):
+        return False
+    # A 0-dim tensor does not take part in torch's type promotion; the kernel computes in fp32 and
+    # rounds once to the result's dtype either way.
+    out = lowering.output(node)
+    attrs_f = () if number is None else (number,)
+    elementwise(lowering, Op.OP_BINARY, [out, *views], (kind,), attrs_f)
+    return True
+
+
+@rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
+def outer_product(lowering: Lowering, node: fx.Node) -> bool:
+    """A product over a single column (RoPE angles): a broadcast multiplication."""
+    left, right = node.args[:2]
+    assert isinstance(left, fx.Node)
+    assert isinstance(right, fx.Node)
+    one = left.meta["val"].shape[-1]
+    if not (isinstance(one, int) and one == 1):
+        return False
+    return _binary(lowering, node, BinaryKind.BINARY_MUL, left, right)
+
+
+@rule(aten.embedding.default)
+def embedding(lowering: Lowering, node: fx.Node) -> bool:
+    """Rows of a dense table."""
+    return _embed(lowering, node, argument(node, "weight"), argument(node, "indices"))
+
+
+@rule(embedding_wq.SPEC.overload)
+def embedding_low_bit(lowering: Lowering, node: fx.Node) -> bool:
+    """Rows of a packed table."""
+    return _embed(lowering, node, argument(node, "codes_NKp"), argument(node, "ids"))
+
+
+def _embed(lowering: Lowering, node: fx.Node, table: fx.Node, ids: fx.Node) -> bool:
+    indices = lowering.view(ids)
+    flat = lowering.rows_by_width(indices)
+    if table.op != "get_attr" or flat is None or flat[2] != 1:
+        return False
+    out = lowering.output(node)
+    rows, out_stride, width = lowering.rows_by_width(out) or (None, 0, 0)
+    if rows is None or not tensor_floats(out):
+        return False
+    weight = _matrix(lowering, table)
+    attrs_i = (0, int(table.meta["val"].shape[0]))
+    steps = [[out_stride], [flat[1]], []]
+    lowering.add(Op.OP_EMBED, [out, indices, weight], [rows, Extent(width)], steps, attrs_i, (1.0,))
+    return True
+
+
+def _matrix(lowering: Lowering, node: fx.Node) -> View:
+    """A weight that is read in a kernel layout. Its kind is filled in when it is packed."""
+    name = str(node.target).removesuffix(".codes")
+    buffer = lowering.plan.external(f"matrix:{name}")
+    lowering.matrices[name] = name
+    return View(buffer, torch.uint8, (), ())
+
+
+@rule(aten.linear.default)
+def linear(lowering: Lowering, node: fx.Node) -> bool:
+    """A dense linear layer."""
+    weight, bias = argument(node, "weight"), argument(node, "bias")
+    return _linear(lowering, node, argument(node, "input"), weight, bias, 0)
+
+
+@rule(linear_wq.SPEC.overload)
+def linear_low_bit(lowering: Lowering, node: fx.Node) -> bool:
+    """A packed linear layer."""
+    mode = 1 if node.kwargs["activation"] == "int8" else 0
+    weight, bias = argument(node, "codes_NKp"), argument(node, "bias_N")
+    return _linear(lowering, node, argument(node, "x"), weight, bias, mode)
+
+
+def _linear(
+    lowering: Lowering, node: fx.Node, x: fx.Node, weight: Any, bias: Any, mode: int
+) -> bool:
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return False
+    source = lowering.view(x)
+    columns = source.extents[-1].mult
+    flat = lowering.rows_by_width(source)
+    if flat is None or flat[2] != columns:
+        source = lowering.dense(source)
+        flat = lowering.rows_by_width(source)
+    out = lowering.output(node)
+    flat_out = lowering.rows_by_width(out)
+    if flat is None or flat_out is None or flat[2] != columns or not tensor_floats(source, out):
+        return False
+    rows, out_stride, width = flat_out
+    operands = [out, source, _matrix(lowering, weight)]
+    steps = [[out_stride], [flat[1]], []]
+    if bias is not None:
+        operands.append(lowering.view(bias))
+        steps.append([])
+    attrs_i = (0, mode, int(bias is not None), 0)
+    dims = [rows, Extent(width), Extent(columns)]
+    lowering.add(Op.OP_LINEAR, operands, dims, steps, attrs_i)
+    return True
+
+
+@rule(rms_norm.SPEC.overload)
+def rms(lowering: Lowering, node: fx.Node) -> bool:
+    """Root-mean-square norm over the last axis."""
+    weight = argument(node, "weight_D")
+    cast_first = bool(argument(node, "cast_first"))
+    attrs_i = (NormCast.ROUND_FIRST if cast_first else NormCast.ROUND_LAST,)
+    attrs_f = (float(argument(node, "eps")), float(argument(node, "weight_offset")))
+    weights = [] if weight is None else [lowering.view(weight)]
+    return _norm(lowering, node, Op.OP_RMS_NORM, weights, attrs_i, attrs_f)
+
+
+@rule(aten.layer_norm.default)
+def layer_norm(lowering: Lowering, node: fx.Node) -> bool:
+    """Layer norm over the last axis only."""
+    if len(argument(node, "normalized_shape")) != 1:
+        return False
+    operands = [argument(node, "weight"), argument(node, "bias")]
+    weights = [None if w is None else lowering.view(w) for w in operands]
+    eps = float(argument(node, "eps"))
+    return _norm(lowering, node, Op.OP_LAYER_NORM, weights, (), (eps,))
+
+
+def _norm(
+    lowering: Lowering, node: fx.Node, op: Op, weights: Any, attrs_i: Any, attrs_f: Any
+) -> bool:
+    source = lowering.view(node.args[0])
+    out = lowering.output(node)
+    shape, shape_out = lowering.rows_heads_width(source), lowering.rows_heads_width(out)
+    if shape is None or shape_out is None or not tensor_floats(source, out):
+        return False
+    rows, heads, width, row_stride, head_stride = shape
+    steps = [[shape_out[3], shape_out[4]], [row_stride, head_stride]]
+    lowering.add(op, [out, source, *weights], [rows, heads, Extent(width)], steps, attrs_i, attrs_f)
+    return True
+
+
+def _heads(view: View) -> tuple[Extent, Extent, int, int, int] | None:
+    """`[1, H, T, D]` as (rows, heads, width, row stride, head stride)."""
+    one, heads, rows, width = view.extents
+    if not one.is_one or heads.sym is not Sym.SYM_ONE or view.strides[3] != 1:
+        return None
+    return rows, heads, width.mult, view.strides[2], view.strides[1]
+
+
+@rule(rope.SPEC.overload)
+def rotary(lowering: Lowering, node: fx.Node) -> bool:
+    """Rotate-half rotary embedding."""
+    source, cos, sin = (lowering.view(n) for n in node.args[:3])
+    out = lowering.output(node)
+    shape, shape_out = _heads(source), _heads(out)
+    if shape is None or shape_out is None or not tensor_floats(source, cos, sin, out):
+        return False
+    if not cos.extents[0].is_one or not sin.extents[0].is_one:
+        return False
+    if cos.strides[2] != 1 or sin.strides[2] != 1:
+        cos, sin = lowering.dense(cos), lowering.dense(sin)
+    rows, heads, width, row_stride, head_stride = shape
+    steps = [shape_out[3:], [row_stride, head_stride], [cos.strides[1]], [sin.strides[1]]]
+    dims = [rows, heads, Extent(width), cos.extents[2]]
+    lowering.add(Op.OP_ROPE, [out, source, cos, sin], dims, steps, (RopeStyle.ROTATE_HALF,))
+    return True
+
+
+@rule(kv_write.SPEC.overload)
+def write_cache(lowering: Lowering, node: fx.Node) -> bool:
+    """Keys and values into the cache. The block size is filled in per cache."""
+    k_cache, v_cache, k, v, slots = (lowering.view(n) for n in node.args)
+    k_shape, v_shape = _heads(k), _heads(v)
+    if k_shape is None or v_shape is None:
+        k, v = lowering.dense(k), lowering.dense(v)
+        k_shape, v_shape = _heads(k), _heads(v)
+    if k_shape is None or v_shape is None:
+        return False
+    rows, heads, k_width = k_shape[:3]
+    steps = [[], [], k_shape[3:], v_shape[3:], [1]]
+    dims = [rows, heads, Extent(k_width), Extent(v_shape[2])]
+    lowering.add(Op.OP_KV_WRITE, [k_cache, v_cache, k, v, slots], dims, steps, writes=2)
+    return True
+
+
+@rule(paged_attention.SPEC.overload)
+def paged(lowering: Lowering, node: fx.Node) -> bool:
+    """Attention over the paged cache."""
+    names = ("q_BHTD", "k_cache", "v_cache", "block_tables", "query_start", "kv_lens")
+    q, *others = (lowering.view(argument(node, name)) for name in names)
+    sinks = argument(node, "sinks_H")
+    shape = _heads(q)
+    if shape is None:
+        q = lowering.dense(q)
+        shape = _heads(q)
+    out = lowering.output(node)
+    shape_out = _heads(out)
+    if shape is None or shape_out is None or not tensor_floats(q, out):
+        return False
+    rows, heads, width, row_stride, head_stride = shape
+    kv_heads = int(argument(node, "k_cache").meta["val"].shape[2])
+    operands = [out, q, *others, *([] if sinks is None else [lowering.view(sinks)])]
+    steps: list[Any] = [shape_out[3:], [row_stride, head_stride]]
+    attrs_i = (0, heads.mult // kv_heads, int(argument(node, "window")))
+    attrs_f = (float(argument(node, "scale")), float(argument(node, "softcap")))
+    dims = [rows, Extent(kv_heads), Extent(width), Extent(shape_out[2])]
+    lowering.add(Op.OP_PAGED_ATTENTION, operands, dims, steps, attrs_i, attrs_f)
+    return True
+
+
+@rule(swiglu.SPEC.overload, geglu.SPEC.overload)
+def gated(lowering: Lowering, node: fx.Node) -> bool:
+    """Activation of the gate times up."""
+    gate, up = (lowering.view(n) for n in node.args[:2])
+    out = lowering.output(node)
+    flat = [lowering.rows_by_width(v) for v in (out, gate, up)]
+    if any(f is None for f in flat) or not tensor_floats(out, gate, up):
+        return False
+    if node.target is swiglu.SPEC.overload:
+        kind = GluKind.GLU_SILU
+    else:
+        is_tanh = argument(node, "approximate") == "tanh"
+        kind = GluKind.GLU_GELU_TANH if is_tanh else GluKind.GLU_GELU
+    rows, _, width = flat[0] or (Extent(1), 0, 0)
+    steps = [[f[1]] for f in flat if f is not None]
+    lowering.add(Op.OP_GLU, [out, gate, up], [rows, Extent(width)], steps, (kind,))
+    return True

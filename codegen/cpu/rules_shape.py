@@ -1,0 +1,142 @@
+"""Lowering of shape ops: views, never instructions, unless a reshape needs a dense copy first."""
+
+from __future__ import annotations
+
+import torch
+from graphopt.codegen.cpu.abi import Op, Sym
+from graphopt.codegen.cpu.lower import Lowering, argument, rule
+from graphopt.codegen.cpu.views import Extent
+from torch import fx
+
+aten = torch.ops.aten
+
+
+@rule(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.reshape.default)
+@rule(aten.view.default, aten.flatten.using_ints, aten.unflatten.int, aten._unsafe_view.default)
+def reshape(lowering: Lowering, node: fx.Node) -> bool:
+    """Same elements, other axes."""
+    source = lowering.view(node.args[0])
+    extents = lowering.extents(node)
+    view = source.reshaped(extents) or lowering.dense(source).reshaped(extents)
+    if view is None:
+        return False
+    lowering.views[node] = view
+    return True
+
+
+@rule(aten.transpose.int, aten.t.default)
+def transpose(lowering: Lowering, node: fx.Node) -> bool:
+    """Two axes swapped."""
+    source = lowering.view(node.args[0])
+    rank = len(source.extents)
+    first, second = (
+        (int(argument(node, "dim0")), int(argument(node, "dim1")))
+        if node.target is aten.transpose.int
+        else (0, rank - 1)
+    )
+    order = list(range(rank))
+    order[first % rank], order[second % rank] = order[second % rank], order[first % rank]
+    lowering.views[node] = source.permuted(order)
+    return True
+
+
+@rule(aten.permute.default)
+def permute(lowering: Lowering, node: fx.Node) -> bool:
+    """Axes in the given order."""
+    source = lowering.view(node.args[0])
+    rank = len(source.extents)
+    lowering.views[node] = source.permuted([int(d) % rank for d in argument(node, "dims")])
+    return True
+
+
+@rule(aten.expand.default)
+def expand(lowering: Lowering, node: fx.Node) -> bool:
+    """Broadcast by stride 0."""
+    lowering.views[node] = lowering.view(node.args[0]).expanded(lowering.extents(node))
+    return True
+
+
+@rule(aten.contiguous.default, aten.alias.default, aten.detach.default, aten.clone.default)
+def same(lowering: Lowering, node: fx.Node) -> bool:
+    """The graph is functional, so a copy is the original."""
+    lowering.views[node] = lowering.view(node.args[0])
+    return True
+
+
+@rule(aten.slice.Tensor)
+def slice_(lowering: Lowering, node: fx.Node) -> bool:
+    """A range of a plain axis."""
+    source = lowering.view(node.args[0])
+    axis = int(argument(node, "dim")) % len(source.extents)
+    extent = lowering.extents(node)[axis]
+    start = argument(node, "start") or 0
+    if source.extents[axis].sym is not Sym.SYM_ONE:
+        if extent != source.extents[axis]:
+            return False
+        lowering.views[node] = source
+        return True
+    if not isinstance(start, int):
+        return False
+    begin = start if start >= 0 else start + source.extents[axis].mult
+    lowering.views[node] = source.narrowed(axis, begin, extent, int(argument(node, "step")))
+    return True
+
+
+@rule(aten.select.int)
+def select(lowering: Lowering, node: fx.Node) -> bool:
+    """One index of a plain axis."""
+    source = lowering.view(node.args[0])
+    axis = int(argument(node, "dim")) % len(source.extents)
+    index = argument(node, "index")
+    if source.extents[axis].sym is not Sym.SYM_ONE or not isinstance(index, int):
+        return False
+    begin = index if index >= 0 else index + source.extents[axis].mult
+    view = source.narrowed(axis, begin, Extent(1)).reshaped(lowering.extents(node))
+    if view is None:
+        return False
+    lowering.views[node] = view
+    return True
+
+
+@rule(aten.cat.default)
+def cat(lowering: Lowering, node: fx.Node) -> bool:
+    """A copy into each part of the result."""
+    parts = [lowering.view(part) for part in argument(node, "tensors")]
+    extents = lowering.extents(node)
+    axis = int(argument(node, "dim")) % len(extents)
+    dtype = node.meta["val"].dtype
+    if extents[axis].sym is not Sym.SYM_ONE or any(p.dtype != dtype for p in parts):
+        return False
+    out = lowering.output(node)
+    begin = 0
+    for part in parts:
+        size = part.extents[axis]
+        lowering.copy(part, out.narrowed(axis, begin, size))
+        begin += size.mult
+    return True
+
+
+@rule(aten.index_select.default)
+def index_select(lowering: Lowering, node: fx.Node) -> bool:
+    """Token rows picked by number."""
+    source, rows = lowering.view(node.args[0]), lowering.view(argument(node, "index"))
+    axis = int(argument(node, "dim"))
+    if source.extents[axis].sym is Sym.SYM_ONE:
+        return False
+    flat = lowering.rows_by_width(source)
+    if flat is None:
+        source = lowering.dense(source)
+        flat = lowering.rows_by_width(source)
+    out = lowering.output(node)
+    flat_out = lowering.rows_by_width(out)
+    if flat is None or flat_out is None:
+        return False
+    _, stride, width = flat
+    count, out_stride, _ = flat_out
+    lowering.add(
+        Op.OP_GATHER_ROWS,
+        [out, source, rows],
+        [count, Extent(width)],
+        [[out_stride], [stride], [1]],
+    )
+    return True

@@ -1,0 +1,216 @@
+"""What `compile` returns: the graphs, the weights, and what runs them.
+
+A Program is called like the model (`program(ids)` -> logits), generates text, and can be saved to a
+folder of text, safetensors and a manifest: no pickle anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.codegen.backend import Backend, ForwardExecutable, ServingExecutable
+from graphopt.errors import RequestError, RowDependenceError, UnsupportedError
+from graphopt.ir.graph import Graph
+from graphopt.report import Rejection, Report
+from graphopt.runtime import Completion, Engine, SamplingParams, TokenEvent
+
+KV_DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramOptions:
+    """What a saved program must remember.
+
+    backend: "cpu" or "reference". kv_dtype: a key of KV_DTYPES. max_context: tokens, or None.
+    """
+
+    name: str
+    backend: str
+    kv_dtype: str = "auto"
+    max_context: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+
+class Program:
+    """A compiled model.
+
+    graph: the optimised forward (ids -> logits). serving: the graph with a paged KV cache, or None
+    with the reason in `refusal`. report: what every pass did.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        serving: Graph | None,
+        refusal: Rejection | None,
+        options: ProgramOptions,
+        backend: Backend,
+        report: Report,
+        tokenizer: Any = None,
+    ) -> None:
+        self.graph, self.serving, self.refusal = graph, serving, refusal
+        self.options, self.report, self.tokenizer = options, report, tokenizer
+        self._backend = backend
+        self._forward: ForwardExecutable | None = None
+        self._serving: ServingExecutable | None = None
+        if serving is not None:
+            # One table of weights for both graphs, so that lowering can release each weight once.
+            shared = {**graph.weights, **serving.weights}
+            graph.weights = serving.weights = shared
+            self._serving = backend.lower_serving(
+                serving, KV_DTYPES[options.kv_dtype], options.max_context
+            )
+
+    @property
+    def executable(self) -> ServingExecutable:
+        """The lowered serving graph. Raises RowDependenceError when there is none."""
+        if self._serving is None:
+            raise RowDependenceError(self._why_no_serving())
+        return self._serving
+
+    def _why_no_serving(self) -> str:
+        if self.refusal is None:
+            return f"{self.options.name} was compiled with serving='off'"
+        place = f" at {self.refusal.source}" if self.refusal.source else ""
+        layer = f" in {self.refusal.layer}" if self.refusal.layer else ""
+        return (
+            f"{self.options.name} cannot be served with a KV cache: {self.refusal.text}"
+            f"{place}{layer} [{self.refusal.code}]"
+        )
+
+    def __call__(self, *inputs: Tensor, **named: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Logits `[B, S, V]` for ids `[B, S]`, like the model's forward.
+
+        Models with other inputs (a padding mask) take them in the captured order or by name.
+        Raises RequestError when inputs are missing, unknown, or ids are out of range.
+        """
+        names = [spec.name for spec in self.graph.inputs]
+        values = _bind(names, inputs, named)
+        if self._serving is not None and len(values) == 1:
+            return self._paged_logits(values[0])
+        if self._forward is None:
+            self._forward = self._backend.lower(self._with_weights(self.graph))
+        outputs = self._forward(*values)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def _paged_logits(self, ids_BS: Tensor) -> Tensor:
+        if ids_BS.ndim != 2 or ids_BS.dtype != torch.int64 or ids_BS.numel() == 0:
+            raise RequestError(
+                f"ids must be a non-empty int64 [batch, sequence], got {ids_BS.dtype} "
+                f"{tuple(ids_BS.shape)}"
+            )
+        executable = self.executable
+        low, high = int(ids_BS.min()), int(ids_BS.max())
+        if low < 0 or high >= executable.vocab_size:
+            raise RequestError(
+                f"token ids must be 0..{executable.vocab_size - 1}, got {low}..{high}"
+            )
+        batch, length = ids_BS.shape
+        if executable.max_context is not None and length > executable.max_context:
+            raise RequestError(f"{length} tokens, the model takes {executable.max_context}")
+        block_size = 16
+        blocks = -(-length // block_size)
+        cache = executable.new_cache(batch * blocks, block_size)
+        tables = torch.arange(batch * blocks).view(batch, blocks)
+        positions = torch.arange(length)
+        slots = tables[:, positions // block_size] * block_size + positions % block_size
+        logits = executable(
+            cache,
+            tokens=ids_BS.reshape(-1).contiguous(),
+            positions=positions.repeat(batch),
+            slots=slots.reshape(-1).contiguous(),
+            query_start=torch.arange(batch + 1) * length,
+            kv_lens=torch.full((batch,), length),
+            block_tables=tables.contiguous(),
+            logit_rows=torch.arange(batch * length),
+        )
+        return logits.view(batch, length, -1)
+
+    def engine(self, **options: Any) -> Engine:
+        """A generation engine over this program; options as in `graphopt.runtime.Engine`."""
+        return Engine(self.executable, self.tokenizer, self.options.eos_token_ids, **options)
+
+    def generate(
+        self,
+        prompts: str | Sequence[int] | Sequence[str | Sequence[int]],
+        params: SamplingParams | None = None,
+        **sampling: Any,
+    ) -> list[Completion]:
+        """Complete one prompt or several, batched together.
+
+        Sampling settings come as `params` or as its fields (`max_tokens=64, temperature=0.7`).
+        """
+        if params is not None and sampling:
+            raise UnsupportedError("give params or its fields, not both")
+        many: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
+        return self.engine().generate(many, params or SamplingParams(**sampling))
+
+    def stream(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, **sampling: Any
+    ) -> Iterator[TokenEvent]:
+        """Complete one prompt, token by token."""
+        if params is not None and sampling:
+            raise UnsupportedError("give params or its fields, not both")
+        return self.engine().stream(prompt, params or SamplingParams(**sampling))
+
+    def chat_prompt(self, message: str) -> list[int]:
+        """Token ids of a user message in the model's chat template."""
+        if self.tokenizer is None:
+            raise RequestError("this program has no tokenizer; pass token ids")
+        if not getattr(self.tokenizer, "chat_template", None):
+            return list(self.tokenizer.encode(message))
+        ids = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        return list(ids)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """All weights by name, those held in kernel layouts converted back bit for bit."""
+        originals = getattr(self._serving, "original_weights", dict)()
+        return {**self.graph.weights, **originals}
+
+    def _with_weights(self, graph: Graph) -> Graph:
+        whole = graph.copy()
+        available = self.weights()
+        whole.weights = {name: available[name] for name in graph.weights if name in available}
+        whole.prune_weights()
+        return whole
+
+    def save(self, folder: str | Path) -> None:
+        """Write the program to a new or empty folder; see `graphopt.load_program`."""
+        from graphopt.storage import save_program
+
+        save_program(self, Path(folder))
+
+
+def _is_one_prompt(prompts: Any) -> bool:
+    return isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+
+
+def _bind(
+    names: Sequence[str], inputs: Sequence[Tensor], named: Mapping[str, Tensor]
+) -> list[Tensor]:
+    if len(inputs) > len(names):
+        raise RequestError(f"{len(inputs)} inputs given, the program takes {list(names)}")
+    values = dict(zip(names, inputs, strict=False))
+    for name, value in named.items():
+        if name not in names:
+            raise RequestError(f"no input called {name!r}; the program takes {list(names)}")
+        if name in values:
+            raise RequestError(f"input {name!r} is given twice")
+        values[name] = value
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise RequestError(f"input {missing[0]!r} is missing; the program takes {list(names)}")
+    return [values[name] for name in names]
