@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from graphopt.codegen.backend import Cache, check_weights
-from graphopt.passes.cache.insert_kv_cache import STEP_INPUTS
 from torch import Tensor, fx
 
+from graphopt.codegen.backend import Cache, check_weights
 from graphopt.errors import BackendError
 from graphopt.ir.graph import Graph
+from graphopt.passes.cache.insert_kv_cache import STEP_INPUTS
 
 KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -7,13 +7,13 @@ where there is none.
 from __future__ import annotations
 
 import torch
+
 from graphopt.codegen.backend import Backend, check_weights
 from graphopt.codegen.cpu.abi import NativeLibrary
 from graphopt.codegen.cpu.build import load_library
 from graphopt.codegen.cpu.executable import CpuServing, lower_serving
 from graphopt.codegen.cpu.packing import KernelWeight, pack_dense, pack_low_bit
 from graphopt.codegen.reference import ReferenceBackend, ReferenceForward
-
 from graphopt.errors import BackendError, UnsupportedError
 from graphopt.ir.graph import Graph, argument
 from graphopt.ir.weights import PackedWeight

@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from graphopt.codegen.cpu.abi import NativeLibrary
-
 from graphopt.config import Config, child_environment
 from graphopt.errors import BackendError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from graphopt.codegen.cpu.abi import DType
 
 NATIVE_DTYPES: dict[torch.dtype, DType] = {

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from graphopt.codegen.backend import Cache
+from graphopt.codegen.cpu import rules_compute, rules_shape
 from graphopt.codegen.cpu.abi import Instr, NativeLibrary, Op, Sym
 from graphopt.codegen.cpu.dtypes import NATIVE_DTYPES
 from graphopt.codegen.cpu.lower import LOGITS, Lowering
@@ -20,11 +23,9 @@ from graphopt.codegen.reference import (
     make_cache,
     vocabulary,
 )
-from graphopt.passes.cache.insert_kv_cache import STEP_INPUTS
-from torch import Tensor
-
 from graphopt.errors import BackendError
 from graphopt.ir.graph import Graph
+from graphopt.passes.cache.insert_kv_cache import STEP_INPUTS
 
 _CACHE_OPS = (Op.OP_KV_WRITE, Op.OP_PAGED_ATTENTION)
 _MATRIX_OPS = (Op.OP_EMBED, Op.OP_LINEAR)
@@ -190,7 +191,7 @@ def lower_serving(
     threads: int,
 ) -> CpuServing:
     """Lower `graph`. `pack(name)` gives a weight's kernel layout."""
-    lowering = Lowering(graph)
+    lowering = Lowering(graph, {**rules_shape.RULES, **rules_compute.RULES})
     plan = lowering.run()
     matrices = {name: pack(name) for name in lowering.matrices}
     vectors = {name: graph.weights[name].contiguous() for name in lowering.vectors}

@@ -7,19 +7,19 @@ native segments, so every graph runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
+from torch import Tensor, fx
+
 from graphopt.codegen.cpu.abi import Op, Sym
 from graphopt.codegen.cpu.dtypes import FLOATS
 from graphopt.codegen.cpu.plan import HostStep, NativeStep, Plan, PlanBuilder
 from graphopt.codegen.cpu.views import Extent, View, row_major
-from torch import Tensor, fx
-
 from graphopt.errors import BackendError
-from graphopt.ir.graph import Graph, argument, where
+from graphopt.ir.graph import Graph, where
 from graphopt.ops.registry import is_impure
 
 SYMBOLS = {
@@ -31,31 +31,24 @@ SYMBOLS = {
 LOGITS = "logits"
 
 Rule = Callable[["Lowering", fx.Node], bool]
-RULES: dict[object, Rule] = {}
-
-
-def rule(*targets: object) -> Callable[[Rule], Rule]:
-    """Register a lowering rule. It returns False when it does not apply to this call."""
-
-    def add(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(targets, function))
-        return function
-
-    return add
+"""Lowers one call; returns False when it does not apply to these operands."""
 
 
 class Lowering:
     """State of one lowering: the view of every node, and the plan so far.
 
-    matrices: weights read in a kernel layout; vectors: weights read as plain tensors.
+    rules: op -> lowering rule. matrices: weights read in a kernel layout; vectors: weights read as plain tensors.
     """
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, rules: Mapping[object, Rule]) -> None:
+        self.graph, self._rules = graph, rules
         self.plan = PlanBuilder()
         self.views: dict[fx.Node, View] = {}
         self.matrices: dict[str, str] = {}
         self.vectors: dict[str, torch.dtype] = {}
+        # Read by kernels that know their shape; nothing else may touch them.
+        self._opaque = {spec.name for spec in graph.inputs if spec.kind == "cache"}
+        self._opaque |= {"query_start", "kv_lens", "block_tables"}
         self._symbols = {text: SYMBOLS.get(name) for text, name in graph.symbols.items()}
 
     def run(self) -> Plan:
@@ -72,7 +65,7 @@ class Lowering:
     def _input(self, node: fx.Node) -> None:
         value = node.meta["val"]
         buffer = self.plan.external(str(node.target))
-        if str(node.target).startswith(("k_cache_", "v_cache_")):
+        if node.target in self._opaque:
             self.views[node] = View(buffer, value.dtype, (), ())
             return
         extents = tuple(self.extent(size, node) for size in value.shape)
@@ -84,7 +77,7 @@ class Lowering:
             if isinstance(node.meta["val"], (list, tuple)):
                 self._host(node)
             return
-        apply = RULES.get(node.target)
+        apply = self._rules.get(node.target)
         if apply is None or not apply(self, node):
             self._host(node)
 
@@ -266,6 +259,3 @@ def tensor_floats(*views: View) -> bool:
 def scalar(value: Any) -> float | None:
     """A Python number as float; None for nodes and anything else."""
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
-
-
-__all__ = ["RULES", "Lowering", "argument", "elementwise", "rule", "scalar", "tensor_floats"]

@@ -118,8 +118,7 @@ def unpack(weight: KernelWeight) -> Tensor | PackedWeight:
     halves = [weight.data[..., 16 * i : 16 * (i + 1)] for i in range(1 + has_zero)]
     repeat = weight.group // GROUP
     scale, *zero = (
-        half.contiguous().view(torch.float16).transpose(1, 2).reshape(-1, groups)
-        for half in halves
+        half.contiguous().view(torch.float16).transpose(1, 2).reshape(-1, groups) for half in halves
     )
     codes = weight.data[..., 16 * (1 + has_zero) :]
     if bits == 8:

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from graphopt.codegen.cpu.abi import Dim, DType, Instr, Op, Operand, Sym
 from graphopt.codegen.cpu.dtypes import NATIVE_DTYPES
 from graphopt.codegen.cpu.views import Extent, View
-from torch import Tensor
 
 ALIGNMENT = 64
 ARENA = 0

@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, fx
+
 from graphopt.codegen.cpu.abi import BinaryKind, GluKind, NormCast, Op, RopeStyle, Sym, UnaryKind
 from graphopt.codegen.cpu.dtypes import FLOATS
 from graphopt.codegen.cpu.lower import (
     Lowering,
-    argument,
+    Rule,
     elementwise,
-    rule,
     scalar,
     tensor_floats,
 )
 from graphopt.codegen.cpu.views import Extent, View
-from torch import Tensor, fx
-
+from graphopt.ir.graph import argument
 from graphopt.ops import (
     embedding_wq,
     geglu,
@@ -58,13 +58,11 @@ _BINARY = {
 }
 
 
-@rule(*_UNARY)
 def unary(lowering: Lowering, node: fx.Node) -> bool:
     """One operand, same shape."""
     return _unary(lowering, node, _UNARY[node.target])
 
 
-@rule(aten.gelu.default)
 def gelu(lowering: Lowering, node: fx.Node) -> bool:
     """Both spellings."""
     is_tanh = argument(node, "approximate") == "tanh"
@@ -72,13 +70,11 @@ def gelu(lowering: Lowering, node: fx.Node) -> bool:
     return _unary(lowering, node, kind)
 
 
-@rule(aten.pow.Tensor_Scalar)
 def square(lowering: Lowering, node: fx.Node) -> bool:
     """Only the second power has a kernel."""
     return argument(node, "exponent") == 2 and _unary(lowering, node, UnaryKind.UNARY_SQUARE)
 
 
-@rule(aten.to.dtype, aten._to_copy.default, aten.to.device, aten.to.dtype_layout)
 def cast(lowering: Lowering, node: fx.Node) -> bool:
     """Same values in another dtype; the kernel takes float to float and integer to float."""
     source = lowering.view(node.args[0])
@@ -102,7 +98,6 @@ def _unary(lowering: Lowering, node: fx.Node, kind: UnaryKind) -> bool:
     return True
 
 
-@rule(*_BINARY)
 def binary(lowering: Lowering, node: fx.Node) -> bool:
     """Two operands with broadcasting, or one and a number."""
     left, right = node.args[:2]
@@ -128,7 +123,6 @@ def _binary(lowering: Lowering, node: fx.Node, kind: BinaryKind, left: Any, righ
     return True
 
 
-@rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
 def outer_product(lowering: Lowering, node: fx.Node) -> bool:
     """A product over a single column (RoPE angles): a broadcast multiplication."""
     left, right = node.args[:2]
@@ -140,13 +134,11 @@ def outer_product(lowering: Lowering, node: fx.Node) -> bool:
     return _binary(lowering, node, BinaryKind.BINARY_MUL, left, right)
 
 
-@rule(aten.embedding.default)
 def embedding(lowering: Lowering, node: fx.Node) -> bool:
     """Rows of a dense table."""
     return _embed(lowering, node, argument(node, "weight"), argument(node, "indices"))
 
 
-@rule(embedding_wq.SPEC.overload)
 def embedding_low_bit(lowering: Lowering, node: fx.Node) -> bool:
     """Rows of a packed table."""
     return _embed(lowering, node, argument(node, "codes_NKp"), argument(node, "ids"))
@@ -176,14 +168,12 @@ def _matrix(lowering: Lowering, node: fx.Node) -> View:
     return View(buffer, torch.uint8, (), ())
 
 
-@rule(aten.linear.default)
 def linear(lowering: Lowering, node: fx.Node) -> bool:
     """A dense linear layer."""
     weight, bias = argument(node, "weight"), argument(node, "bias")
     return _linear(lowering, node, argument(node, "input"), weight, bias, 0)
 
 
-@rule(linear_wq.SPEC.overload)
 def linear_low_bit(lowering: Lowering, node: fx.Node) -> bool:
     """A packed linear layer."""
     mode = 1 if node.kwargs["activation"] == "int8" else 0
@@ -218,7 +208,6 @@ def _linear(
     return True
 
 
-@rule(rms_norm.SPEC.overload)
 def rms(lowering: Lowering, node: fx.Node) -> bool:
     """Root-mean-square norm over the last axis."""
     weight = argument(node, "weight_D")
@@ -229,7 +218,6 @@ def rms(lowering: Lowering, node: fx.Node) -> bool:
     return _norm(lowering, node, Op.OP_RMS_NORM, weights, attrs_i, attrs_f)
 
 
-@rule(aten.layer_norm.default)
 def layer_norm(lowering: Lowering, node: fx.Node) -> bool:
     """Layer norm over the last axis only."""
     if len(argument(node, "normalized_shape")) != 1:
@@ -262,7 +250,6 @@ def _heads(view: View) -> tuple[Extent, Extent, int, int, int] | None:
     return rows, heads, width.mult, view.strides[2], view.strides[1]
 
 
-@rule(rope.SPEC.overload)
 def rotary(lowering: Lowering, node: fx.Node) -> bool:
     """Rotate-half rotary embedding."""
     source, cos, sin = (lowering.view(n) for n in node.args[:3])
@@ -281,7 +268,6 @@ def rotary(lowering: Lowering, node: fx.Node) -> bool:
     return True
 
 
-@rule(kv_write.SPEC.overload)
 def write_cache(lowering: Lowering, node: fx.Node) -> bool:
     """Keys and values into the cache. The block size is filled in per cache."""
     k_cache, v_cache, k, v, slots = (lowering.view(n) for n in node.args)
@@ -298,7 +284,6 @@ def write_cache(lowering: Lowering, node: fx.Node) -> bool:
     return True
 
 
-@rule(paged_attention.SPEC.overload)
 def paged(lowering: Lowering, node: fx.Node) -> bool:
     """Attention over the paged cache."""
     names = ("q_BHTD", "k_cache", "v_cache", "block_tables", "query_start", "kv_lens")
@@ -323,7 +308,6 @@ def paged(lowering: Lowering, node: fx.Node) -> bool:
     return True
 
 
-@rule(swiglu.SPEC.overload, geglu.SPEC.overload)
 def gated(lowering: Lowering, node: fx.Node) -> bool:
     """Activation of the gate times up."""
     gate, up = (lowering.view(n) for n in node.args[:2])
@@ -340,3 +324,29 @@ def gated(lowering: Lowering, node: fx.Node) -> bool:
     steps = [[f[1]] for f in flat if f is not None]
     lowering.add(Op.OP_GLU, [out, gate, up], [rows, Extent(width)], steps, (kind,))
     return True
+
+
+RULES: dict[object, Rule] = {
+    **dict.fromkeys(_UNARY, unary),
+    aten.gelu.default: gelu,
+    aten.pow.Tensor_Scalar: square,
+    aten.to.dtype: cast,
+    aten._to_copy.default: cast,
+    aten.to.device: cast,
+    aten.to.dtype_layout: cast,
+    **dict.fromkeys(_BINARY, binary),
+    aten.matmul.default: outer_product,
+    aten.bmm.default: outer_product,
+    aten.mm.default: outer_product,
+    aten.embedding.default: embedding,
+    embedding_wq.SPEC.overload: embedding_low_bit,
+    aten.linear.default: linear,
+    linear_wq.SPEC.overload: linear_low_bit,
+    rms_norm.SPEC.overload: rms,
+    aten.layer_norm.default: layer_norm,
+    rope.SPEC.overload: rotary,
+    kv_write.SPEC.overload: write_cache,
+    paged_attention.SPEC.overload: paged,
+    swiglu.SPEC.overload: gated,
+    geglu.SPEC.overload: gated,
+}

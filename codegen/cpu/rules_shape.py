@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import torch
-from graphopt.codegen.cpu.abi import Op, Sym
-from graphopt.codegen.cpu.lower import Lowering, argument, rule
-from graphopt.codegen.cpu.views import Extent
 from torch import fx
+
+from graphopt.codegen.cpu.abi import Op, Sym
+from graphopt.codegen.cpu.lower import Lowering, Rule
+from graphopt.codegen.cpu.views import Extent
+from graphopt.ir.graph import argument
 
 aten = torch.ops.aten
 
 
-@rule(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.reshape.default)
-@rule(aten.view.default, aten.flatten.using_ints, aten.unflatten.int, aten._unsafe_view.default)
 def reshape(lowering: Lowering, node: fx.Node) -> bool:
     """Same elements, other axes."""
     source = lowering.view(node.args[0])
@@ -24,7 +24,6 @@ def reshape(lowering: Lowering, node: fx.Node) -> bool:
     return True
 
 
-@rule(aten.transpose.int, aten.t.default)
 def transpose(lowering: Lowering, node: fx.Node) -> bool:
     """Two axes swapped."""
     source = lowering.view(node.args[0])
@@ -40,7 +39,6 @@ def transpose(lowering: Lowering, node: fx.Node) -> bool:
     return True
 
 
-@rule(aten.permute.default)
 def permute(lowering: Lowering, node: fx.Node) -> bool:
     """Axes in the given order."""
     source = lowering.view(node.args[0])
@@ -49,21 +47,18 @@ def permute(lowering: Lowering, node: fx.Node) -> bool:
     return True
 
 
-@rule(aten.expand.default)
 def expand(lowering: Lowering, node: fx.Node) -> bool:
     """Broadcast by stride 0."""
     lowering.views[node] = lowering.view(node.args[0]).expanded(lowering.extents(node))
     return True
 
 
-@rule(aten.contiguous.default, aten.alias.default, aten.detach.default, aten.clone.default)
 def same(lowering: Lowering, node: fx.Node) -> bool:
     """The graph is functional, so a copy is the original."""
     lowering.views[node] = lowering.view(node.args[0])
     return True
 
 
-@rule(aten.slice.Tensor)
 def slice_(lowering: Lowering, node: fx.Node) -> bool:
     """A range of a plain axis."""
     source = lowering.view(node.args[0])
@@ -82,7 +77,6 @@ def slice_(lowering: Lowering, node: fx.Node) -> bool:
     return True
 
 
-@rule(aten.select.int)
 def select(lowering: Lowering, node: fx.Node) -> bool:
     """One index of a plain axis."""
     source = lowering.view(node.args[0])
@@ -98,7 +92,6 @@ def select(lowering: Lowering, node: fx.Node) -> bool:
     return True
 
 
-@rule(aten.cat.default)
 def cat(lowering: Lowering, node: fx.Node) -> bool:
     """A copy into each part of the result."""
     parts = [lowering.view(part) for part in argument(node, "tensors")]
@@ -116,7 +109,6 @@ def cat(lowering: Lowering, node: fx.Node) -> bool:
     return True
 
 
-@rule(aten.index_select.default)
 def index_select(lowering: Lowering, node: fx.Node) -> bool:
     """Token rows picked by number."""
     source, rows = lowering.view(node.args[0]), lowering.view(argument(node, "index"))
@@ -140,3 +132,27 @@ def index_select(lowering: Lowering, node: fx.Node) -> bool:
         [[out_stride], [stride], [1]],
     )
     return True
+
+
+RULES: dict[object, Rule] = {
+    aten.unsqueeze.default: reshape,
+    aten.squeeze.dim: reshape,
+    aten.squeeze.dims: reshape,
+    aten.reshape.default: reshape,
+    aten.view.default: reshape,
+    aten.flatten.using_ints: reshape,
+    aten.unflatten.int: reshape,
+    aten._unsafe_view.default: reshape,
+    aten.transpose.int: transpose,
+    aten.t.default: transpose,
+    aten.permute.default: permute,
+    aten.expand.default: expand,
+    aten.contiguous.default: same,
+    aten.alias.default: same,
+    aten.detach.default: same,
+    aten.clone.default: same,
+    aten.slice.Tensor: slice_,
+    aten.select.int: select,
+    aten.cat.default: cat,
+    aten.index_select.default: index_select,
+}

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+
 from graphopt.codegen.cpu.abi import Sym
 
 

@@ -6,9 +6,10 @@ import ctypes
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from graphopt.codegen.cpu.abi import Dim, DType, Instr, Op, Operand, Sym
 from graphopt.codegen.cpu.build import load_library
-from torch import Tensor
 
 DTYPES = {
     torch.float32: DType.F32,

@@ -14,10 +14,11 @@ from pathlib import Path
 import native_plan
 import pytest
 import torch
-from graphopt.codegen.cpu import build
-from graphopt.codegen.cpu.abi import NativeLibrary, Op
 from native_plan import assert_gap_untouched, call, poisoned
 from torch import Tensor
+
+from graphopt.codegen.cpu import build
+from graphopt.codegen.cpu.abi import NativeLibrary, Op
 
 
 @pytest.fixture(autouse=True)

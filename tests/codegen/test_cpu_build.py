@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from graphopt.codegen.cpu import abi, build
-from graphopt.codegen.cpu.abi import Instr, Op, UnaryKind
 from native_plan import call, execute, instruction
 
+from graphopt.codegen.cpu import abi, build
+from graphopt.codegen.cpu.abi import Instr, Op, UnaryKind
 from graphopt.config import Config
 from graphopt.errors import BackendError
 

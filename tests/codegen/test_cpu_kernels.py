@@ -9,15 +9,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from graphopt.codegen.cpu.abi import (
-    BinaryKind,
-    GluKind,
-    NormCast,
-    Op,
-    RopeStyle,
-    Sym,
-    UnaryKind,
-)
 from native_plan import (
     assert_close,
     assert_gap_untouched,
@@ -30,6 +21,15 @@ from native_plan import (
 from torch import Tensor
 from torch.nn import functional as F
 
+from graphopt.codegen.cpu.abi import (
+    BinaryKind,
+    GluKind,
+    NormCast,
+    Op,
+    RopeStyle,
+    Sym,
+    UnaryKind,
+)
 from graphopt.errors import BackendError
 
 FLOATS = [torch.float32, torch.bfloat16]

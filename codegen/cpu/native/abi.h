@@ -7,7 +7,8 @@
 //
 // Unless an op says otherwise, activations are F32, BF16 or F16 (each operand on its own), the last
 // axis is contiguous, arithmetic is fp32 and the result is rounded once to the output's dtype.
-// Outputs may alias inputs exactly (same address, strides and dtype), not partly.
+// Outputs may alias inputs exactly (same address, strides and dtype), not partly; those of
+// OP_GATHER_ROWS, OP_EMBED and OP_LINEAR not at all.
 #pragma once
 #include <cstdint>
 

@@ -62,9 +62,9 @@ constexpr int64_t KEY_PANELS = 4;
 // So few rows of a head are bound by reading the cache: widening it ahead would not pay.
 constexpr int64_t FEW_ROWS = 6;
 
-// Reads `bytes` of each row once, in memory order. Hardware prefetchers do not follow a head's rows,
-// which lie far apart; reading all heads' rows through is a stream they do follow. (Prefetch
-// instructions in place of the reads were measured to gain nothing.)
+// Reads `bytes` of each row once, in memory order. Hardware prefetchers do not follow the rows of
+// one head, which lie far apart; reading all heads' rows through is a stream they do follow.
+// (Prefetch instructions in place of the reads were measured to gain nothing.)
 template <class T>
 inline void fetch_rows(const T* const* rows, int64_t begin, int64_t end, int64_t bytes) {
   int sum = 0;
@@ -132,7 +132,8 @@ void attend_split(const AttentionShape& shape, const Unit& unit, int64_t head, i
   }
   for (int64_t j = first; j < last;) {
     const int64_t block = (origin + j) / shape.block_size, offset = (origin + j) % shape.block_size;
-    int64_t slot = (table[block] * shape.block_size + offset) * shape.kv_heads + unit.kv_head + head;
+    int64_t slot = table[block] * shape.block_size + offset;
+    slot = slot * shape.kv_heads + unit.kv_head + head;
     for (int64_t i = offset; i < shape.block_size && j < last; ++i, ++j, slot += shape.kv_heads) {
       key_rows[j] = k_cache + slot * shape.key_width;
       value_rows[j] = v_cache + slot * shape.value_width;
