@@ -9,11 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from graphopt.ir.printer import print_graph
-from graphopt.passes.base import Pass
-
 from graphopt.errors import UnsupportedError
 from graphopt.ir.graph import Graph
+from graphopt.ir.printer import print_graph
+from graphopt.passes.base import Pass
 from graphopt.report import PassRecord
 
 

@@ -10,13 +10,12 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from graphopt.passes.base import Pass, run_pass
-from graphopt.passes.registry import find, ordered
-
 from graphopt.errors import PassError
 from graphopt.ir.clean import remove_dead
 from graphopt.ir.graph import Graph
 from graphopt.ir.verify import verify
+from graphopt.passes.base import Pass, run_pass
+from graphopt.passes.registry import find, ordered
 from graphopt.report import PassRecord, Report
 
 

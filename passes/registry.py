@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import networkx as nx
-from graphopt.passes.base import STAGES, Pass
 
 from graphopt.errors import PassError
+from graphopt.passes.base import STAGES, Pass
 
 _REGISTRY: dict[str, type[Pass[Any]]] = {}
 P = TypeVar("P", bound=type[Pass[Any]])

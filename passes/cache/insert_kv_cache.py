@@ -23,15 +23,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from graphopt.passes.base import EXACT, Pass, Reject, Stage, Tier
-from graphopt.passes.cache.row_rules import Axis, RowsMixedError, padding_inputs, trace_rows
-from graphopt.passes.registry import register
 from torch import Tensor, fx
 
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph, InputSpec, argument, graph_module, shape_of
 from graphopt.ir.shapes import SymbolicInputs
 from graphopt.ops import attention, kv_write, paged_attention
+from graphopt.passes.base import EXACT, Pass, Reject, Stage, Tier
+from graphopt.passes.cache.row_rules import Axis, RowsMixedError, padding_inputs, trace_rows
+from graphopt.passes.registry import register
 
 aten = torch.ops.aten
 

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from graphopt.passes.base import Pass, Reject, Stage, Tier
-from graphopt.passes.registry import register
 from torch import fx
 from torch.fx.node import Argument
 
@@ -27,6 +25,8 @@ from graphopt.ir.builder import GraphBuilder, replace
 from graphopt.ir.graph import Graph, argument, dtype_of, is_call, op_name
 from graphopt.ir.weights import PackedWeight
 from graphopt.ops import embedding_wq, linear_wq
+from graphopt.passes.base import Pass, Reject, Stage, Tier
+from graphopt.passes.registry import register
 
 aten = torch.ops.aten
 

@@ -14,13 +14,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from graphopt.passes.base import Pass, Reject, Stage, Tier
-from graphopt.passes.registry import register
 from torch import fx
 
 from graphopt.ir.builder import GraphBuilder, replace
 from graphopt.ir.graph import Graph, argument, shape_of
 from graphopt.ops import linear_wq
+from graphopt.passes.base import Pass, Reject, Stage, Tier
+from graphopt.passes.registry import register
 
 
 @dataclass(frozen=True, slots=True)
