@@ -50,10 +50,16 @@ class GraphBuilder:
         self.site = previous
 
     def infer(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Fake result of calling `target`."""
+        """Fake result of calling `target`.
+
+        Results are remembered by op and operand types: the layers of a model repeat them.
+        """
         fake_args, fake_kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.mode, torch.no_grad():
-            return target(*fake_args, **fake_kwargs)
+        key = (id(self.mode), target, type_key(fake_args), type_key(fake_kwargs))
+        if key not in self.graph.inferred:
+            with self.mode, torch.no_grad():
+                self.graph.inferred[key] = target(*fake_args, **fake_kwargs)
+        return self.graph.inferred[key]
 
     def emit(
         self,
@@ -121,3 +127,17 @@ def replace(graph: Graph, old: fx.Node, new: fx.Node) -> None:
             )
     old.replace_all_uses_with(new)
     graph.fx_graph.erase_node(old)
+
+
+def type_key(value: Any) -> Any:
+    """What shape inference can see of an argument, hashable."""
+    if isinstance(value, Tensor):
+        sizes = tuple(type_key(s) for s in value.shape)
+        return (value.dtype, value.device, sizes, tuple(type_key(s) for s in value.stride()))
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return ("symbolic", value.node.expr)
+    if isinstance(value, (list, tuple)):
+        return tuple(type_key(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, type_key(v)) for k, v in sorted(value.items()))
+    return (type(value), value)

@@ -53,6 +53,8 @@ class Graph:
     packed: dict[str, PackedWeight] = field(default_factory=dict)
     symbols: dict[str, str] = field(default_factory=dict)
     dialect: Literal["captured", "serving"] = "captured"
+    inferred: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """Shape inference already done, by op and operand types; shared by copies."""
 
     @property
     def fx_graph(self) -> fx.Graph:
@@ -98,6 +100,7 @@ class Graph:
             dict(self.packed),
             dict(self.symbols),
             self.dialect,
+            self.inferred,
         )
 
     def prune_weights(self) -> None:

@@ -1,0 +1,280 @@
+"""Reads `.gir` text back into a Graph.
+
+Shapes are inferred again from the inputs' types and compared with the printed ones, so a text that
+was edited wrongly is refused at its line. Only ATen, prims and graphopt ops and a closed list of
+arithmetic on sizes can be named: a text can compute, and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.errors import ProgramFormatError
+from graphopt.ir.builder import GraphBuilder
+from graphopt.ir.graph import Graph, InputKind, InputSpec, graph_module
+from graphopt.ir.printer import VERSION, Printer
+from graphopt.ir.shapes import DTYPES_BY_NAME, SymbolicInputs
+from graphopt.ir.weights import PackedWeight
+from graphopt.ops.registry import load_all
+
+SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    name: getattr(operator, name)
+    for name in (
+        "add", "sub", "mul", "floordiv", "mod", "neg", "truediv", "pow", "getitem",
+        "eq", "ne", "lt", "le", "gt", "ge",
+    )
+}  # fmt: skip
+SIZE_FUNCTIONS |= {
+    name: getattr(torch, name) for name in ("sym_max", "sym_min", "sym_float", "sym_int", "sym_not")
+}
+SIZE_FUNCTIONS |= {name: getattr(math, name) for name in ("ceil", "floor", "trunc")}
+_CONSTANTS: dict[str, Any] = {
+    "None": None,
+    "True": True,
+    "False": False,
+    "float.inf": math.inf,
+    "float.minus_inf": -math.inf,
+    "float.nan": math.nan,
+    "layout.strided": torch.strided,
+    **{f"dtype.{name}": dtype for name, dtype in DTYPES_BY_NAME.items()},
+    **{f"device.{name}": torch.device(name) for name in ("cpu", "cuda", "meta")},
+    **{
+        f"memory_format.{name}": getattr(torch, name)
+        for name in ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
+    },
+}
+_TOKEN = re.compile(
+    r"\s*(?:(?P<string>\"(?:[^\"\\]|\\.)*\")|(?P<ref>[%@][\w.]+)"
+    r"|(?P<number>-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)|(?P<word>[A-Za-z_][\w.]*)|(?P<mark>[][(),=]))"
+)
+_INPUT = re.compile(r"input %(?P<name>\w+) : (?P<type>.+) (?P<kind>user|cache)")
+_WEIGHT = re.compile(r"weight @(?P<name>[\w.]+) : (?P<type>.+)")
+_CALL = re.compile(
+    r"(?:(?P<number>%\d+) : (?P<type>.+?)|_) = (?P<op>[\w.]+)\((?P<args>.*)\)"
+    r"(?:  # (?P<layer>[^|]*) \| (?P<source>[^|]*) \| (?P<history>.*))?"
+)
+_TYPE = re.compile(r"(?P<dtype>\w+)\[(?P<sizes>.*)\]")
+_GRAPH = re.compile(r"graph (?P<name>\"(?:[^\"\\]|\\.)*\") (?P<dialect>captured|serving)")
+
+
+class _Parser:
+    def __init__(self, weights: Mapping[str, Tensor], packed: Mapping[str, PackedWeight]) -> None:
+        load_all()
+        self.weights, self.packed = weights, packed
+        self.fake = SymbolicInputs()
+        self.graph = Graph("", graph_module(fx.Graph()), (), {}, dict(packed))
+        self.builder = GraphBuilder(self.graph, self.fake.mode)
+        self.nodes: dict[str, fx.Node] = {}
+        self.types: list[tuple[int, fx.Node, str]] = []
+        self.line = 0
+
+    def fail(self, text: str) -> ProgramFormatError:
+        return ProgramFormatError(f"line {self.line} of the graph text: {text}")
+
+    def run(self, text: str) -> Graph:
+        lines = text.splitlines()
+        handlers: list[tuple[re.Pattern[str], Callable[[re.Match[str]], None]]] = [
+            (_CALL, self._call),
+            (_INPUT, self._input),
+            (_WEIGHT, self._weight),
+            (_GRAPH, self._header),
+        ]
+        is_done = False
+        for self.line, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            if is_done:
+                raise self.fail("text after return")
+            if self.line == 1:
+                if line != f"gir {VERSION}":
+                    raise self.fail(f"expected 'gir {VERSION}', found {line[:40]!r}")
+                continue
+            if line.startswith("return "):
+                self._return(line.removeprefix("return "))
+                is_done = True
+                continue
+            for pattern, handler in handlers:
+                match = pattern.fullmatch(line)
+                if match:
+                    handler(match)
+                    break
+            else:
+                raise self.fail(f"not a line of a graph: {line[:60]!r}")
+        if not is_done:
+            raise self.fail("the text ends before 'return'")
+        self.graph.symbols = self.fake.names
+        self._check_types()
+        return self.graph
+
+    def _header(self, match: re.Match[str]) -> None:
+        self.graph.name = json.loads(match["name"])
+        self.graph.dialect = cast(Literal["captured", "serving"], match["dialect"])
+
+    def _input(self, match: re.Match[str]) -> None:
+        dtype, sizes = self._tensor_type(match["type"])
+        value = self.fake.tensor(sizes, dtype)
+        self.nodes[f"%{match['name']}"] = self.builder.input(match["name"], value)
+        spec = InputSpec(match["name"], cast(InputKind, match["kind"]))
+        self.graph.inputs = (*self.graph.inputs, spec)
+
+    def _weight(self, match: re.Match[str]) -> None:
+        name = match["name"]
+        if name not in self.weights:
+            raise self.fail(f"weight {name!r} is not in the weights file")
+        data = self.weights[name]
+        dtype, sizes = self._tensor_type(match["type"])
+        if data.dtype != dtype or list(data.shape) != sizes:
+            raise self.fail(
+                f"weight {name!r} is {data.dtype} {list(data.shape)}, the text says {match['type']}"
+            )
+        self.nodes[f"@{name}"] = self.builder.weight(name, data, like=[])
+
+    def _call(self, match: re.Match[str]) -> None:
+        target = self._target(match["op"])
+        args, kwargs = self._arguments(match["args"])
+        try:
+            node = self.builder.emit(target, args, kwargs, like=[])
+        except Exception as error:
+            raise self.fail(f"{match['op']} does not type-check: {error}") from error
+        node.meta["layer"] = (match["layer"] or "").strip()
+        node.meta["source"] = (match["source"] or "").strip()
+        history = (match["history"] or "").split(", ")
+        node.meta["history"] = frozenset(part for part in history if part)
+        if match["number"] is None:
+            if node.meta["val"] is not None:
+                raise self.fail(f"{match['op']} has a result")
+            return
+        if match["number"] in self.nodes:
+            raise self.fail(f"{match['number']} is defined twice")
+        self.nodes[match["number"]] = node
+        self.types.append((self.line, node, match["type"]))
+
+    def _return(self, text: str) -> None:
+        outputs = tuple(self._node(name.strip()) for name in text.split(","))
+        output = self.graph.fx_graph.output(outputs)
+        output.meta["val"] = None
+
+    def _check_types(self) -> None:
+        printer = Printer(self.graph)
+        for self.line, node, written in self.types:
+            inferred = printer.type(node.meta["val"])
+            if inferred != written:
+                raise self.fail(f"written as {written}, but the operands give {inferred}")
+
+    def _node(self, name: str) -> fx.Node:
+        if name not in self.nodes:
+            raise self.fail(f"{name} is not defined")
+        return self.nodes[name]
+
+    def _tensor_type(self, text: str) -> tuple[torch.dtype, list[int | str]]:
+        match = _TYPE.fullmatch(text)
+        if not match or match["dtype"] not in DTYPES_BY_NAME:
+            raise self.fail(f"{text!r} is not a tensor type")
+        parts = [part.strip() for part in match["sizes"].split(",") if part.strip()]
+        sizes: list[int | str] = []
+        for part in parts:
+            if part.isdecimal():
+                sizes.append(int(part))
+            elif part.isidentifier():
+                sizes.append(part)
+            else:
+                raise self.fail(f"size {part!r} of an input is neither a number nor a name")
+        return DTYPES_BY_NAME[match["dtype"]], sizes
+
+    def _target(self, name: str) -> Callable[..., Any]:
+        namespace, _, rest = name.partition(".")
+        if namespace == "sym" and rest in SIZE_FUNCTIONS:
+            return SIZE_FUNCTIONS[rest]
+        parts = rest.split(".")
+        is_op = namespace in ("aten", "graphopt", "prims") and 1 <= len(parts) <= 2
+        if is_op and not any(part.startswith("__") for part in parts):
+            packet = getattr(getattr(torch.ops, namespace), parts[0], None)
+            op = getattr(packet, parts[1] if len(parts) == 2 else "default", None)
+            if isinstance(op, torch._ops.OpOverload):
+                return op
+        raise self.fail(f"unknown op {name!r}")
+
+    def _arguments(self, text: str) -> tuple[list[Any], dict[str, Any]]:
+        tokens = self._tokens(text)
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        position = 0
+        while position < len(tokens):
+            if position + 1 < len(tokens) and tokens[position + 1] == ("mark", "="):
+                key = tokens[position][1]
+                kwargs[key], position = self._value(tokens, position + 2)
+            else:
+                value, position = self._value(tokens, position)
+                args.append(value)
+            if position < len(tokens):
+                if tokens[position] != ("mark", ","):
+                    raise self.fail(f"expected ',' before {tokens[position][1]!r}")
+                position += 1
+        return args, kwargs
+
+    def _tokens(self, text: str) -> list[tuple[str, str]]:
+        tokens: list[tuple[str, str]] = []
+        position = 0
+        while position < len(text):
+            match = _TOKEN.match(text, position)
+            if match is None or match.lastgroup is None:
+                raise self.fail(f"cannot read {text[position : position + 30]!r}")
+            tokens.append((match.lastgroup, match[match.lastgroup]))
+            position = match.end()
+        return tokens
+
+    def _value(self, tokens: list[tuple[str, str]], position: int) -> tuple[Any, int]:
+        if position >= len(tokens):
+            raise self.fail("an argument is missing")
+        kind, text = tokens[position]
+        if kind == "string":
+            return json.loads(text), position + 1
+        if kind == "ref":
+            return self._node(text), position + 1
+        if kind == "number":
+            return (int(text) if text.lstrip("-").isdecimal() else float(text)), position + 1
+        if kind == "word" and text in _CONSTANTS:
+            return _CONSTANTS[text], position + 1
+        if text == "[":
+            items: list[Any] = []
+            position += 1
+            while position < len(tokens) and tokens[position] != ("mark", "]"):
+                item, position = self._value(tokens, position)
+                items.append(item)
+                if position < len(tokens) and tokens[position] == ("mark", ","):
+                    position += 1
+            if position >= len(tokens):
+                raise self.fail("a list is not closed")
+            return items, position + 1
+        raise self.fail(f"{text!r} is not a value")
+
+
+def parse_graph(
+    text: str, weights: Mapping[str, Tensor], packed: Mapping[str, PackedWeight] | None = None
+) -> Graph:
+    """The graph that `text` describes, reading `weights` by name.
+
+    Raises ProgramFormatError with the line number for text that is malformed, names unknown ops or
+    weights, or does not type-check.
+    """
+    return _Parser(weights, packed or {}).run(text)
+
+
+def first_difference(left: Graph, right: Graph) -> str | None:
+    """None when both graphs have the same structure (inputs, weights by name, calls, arguments,
+    types, provenance, outputs), else the first line that differs, from both."""
+    texts = [Printer(graph).text().splitlines() for graph in (left, right)]
+    for number, (a, b) in enumerate(zip(*texts, strict=False), start=1):
+        if a != b:
+            return f"line {number}: {a!r} != {b!r}"
+    if len(texts[0]) != len(texts[1]):
+        return f"{len(texts[0])} lines != {len(texts[1])} lines"
+    return None

@@ -1,0 +1,131 @@
+"""The textual form of a graph, `.gir`: one typed line a node, its provenance as a comment.
+
+    gir 1
+    graph "tiny" captured
+    input %input_ids : i64[batch, sequence] user
+    weight @embed.weight : f32[100, 64]
+    %0 : size[sequence] = aten.sym_size.int(%input_ids, 1)  # | model.py:3 | sym_size_int
+    %1 : f32[batch, sequence, 64] = aten.embedding(@embed.weight, %input_ids)  # embed | ...
+    return %1
+
+Nodes are numbered in order, inputs and weights keep their names, attributes print as the op's
+schema names them. The comment is `layer | source | history`. Nothing depends on FX node names or
+on the torch version. `parser.py` reads it back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from graphopt.errors import VerifyError
+from graphopt.ir.graph import Graph, op_name
+from graphopt.ir.shapes import DTYPE_NAMES
+
+VERSION = 1
+
+
+class Printer:
+    """Prints one graph: knows the number of each node and the name of each symbolic size."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._numbers: dict[fx.Node, str] = {}
+        self._symbols = {sympy.Symbol(s, integer=True): n for s, n in graph.symbols.items()}
+        self._names = {str(symbol): name for symbol, name in self._symbols.items()}
+
+    def text(self) -> str:
+        """The whole graph."""
+        graph = self.graph
+        lines = [f"gir {VERSION}", f"graph {json.dumps(graph.name)} {graph.dialect}"]
+        kinds = {spec.name: spec.kind for spec in graph.inputs}
+        weights: dict[str, fx.Node] = {}
+        body: list[str] = []
+        count = 0
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                name = str(node.target)
+                self._numbers[node] = f"%{name}"
+                lines.append(f"input %{name} : {self.type(node.meta['val'])} {kinds[name]}")
+            elif node.op == "get_attr":
+                weights[str(node.target)] = node
+                self._numbers[node] = f"@{node.target}"
+            elif node.op == "call_function":
+                self._numbers[node] = f"%{count}"
+                body.append(self._line(node, f"%{count}"))
+                count += 1
+        for name in sorted(weights):
+            lines.append(f"weight @{name} : {self.type(weights[name].meta['val'])}")
+        outputs = ", ".join(self._numbers[n] for n in graph.output_nodes)
+        return "\n".join([*lines, *body, f"return {outputs}", ""])
+
+    def _line(self, node: fx.Node, number: str) -> str:
+        arguments = [self.value(a) for a in node.args]
+        arguments += [f"{key}={self.value(node.kwargs[key])}" for key in sorted(node.kwargs)]
+        call = f"{op_name(node)}({', '.join(arguments)})"
+        left = "_" if node.meta["val"] is None else f"{number} : {self.type(node.meta['val'])}"
+        history = ", ".join(sorted(node.meta["history"]))
+        return f"{left} = {call}  # {node.meta['layer']} | {node.meta['source']} | {history}"
+
+    def type(self, value: Any) -> str:
+        """`f32[batch, 64]`, `size[sequence]`, `(f32[2], i64[2])`."""
+        if isinstance(value, Tensor):
+            sizes = ", ".join(self.size(s) for s in value.shape)
+            return f"{DTYPE_NAMES[value.dtype]}[{sizes}]"
+        if isinstance(value, (torch.SymInt, int)) and not isinstance(value, bool):
+            return f"size[{self.size(value)}]"
+        if isinstance(value, (tuple, list)):
+            return f"({', '.join(self.type(v) for v in value)})"
+        if isinstance(value, (torch.SymFloat, float)):
+            return "float"
+        if isinstance(value, (torch.SymBool, bool)):
+            return "bool"
+        raise VerifyError(f"a value of type {type(value).__name__} has no textual form")
+
+    def size(self, value: int | torch.SymInt) -> str:
+        """One size; symbols by their readable names."""
+        if isinstance(value, int):
+            return str(value)
+        expr = value.node.expr
+        renamed = {
+            symbol: sympy.Symbol(self._name(symbol))
+            for symbol in sorted(expr.free_symbols, key=str)
+        }
+        return str(expr.xreplace(renamed))
+
+    def _name(self, symbol: sympy.Symbol) -> str:
+        return self._names.setdefault(str(symbol), f"n{len(self._names)}")
+
+    def value(self, value: Any) -> str:
+        """One argument."""
+        if isinstance(value, fx.Node):
+            return self._numbers[value]
+        if value is None or isinstance(value, (bool, int)):
+            return str(value)
+        if isinstance(value, float):
+            return (
+                repr(value) if math.isfinite(value) else f"float.{value}".replace(".-", ".minus_")
+            )
+        if isinstance(value, str):
+            return json.dumps(value)
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(self.value(v) for v in value)}]"
+        if isinstance(value, torch.dtype):
+            return f"dtype.{DTYPE_NAMES[value]}"
+        if isinstance(value, torch.device):
+            return f"device.{value.type}"
+        if isinstance(value, torch.layout):
+            return f"layout.{str(value).removeprefix('torch.')}"
+        if isinstance(value, torch.memory_format):
+            return f"memory_format.{str(value).removeprefix('torch.')}"
+        raise VerifyError(f"an argument of type {type(value).__name__} has no textual form")
+
+
+def print_graph(graph: Graph) -> str:
+    """`graph` as text; see the module docstring."""
+    return Printer(graph).text()
