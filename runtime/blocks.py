@@ -1,12 +1,14 @@
 """The pool of KV-cache blocks: who may write where. No torch, no policy.
 
 Block 0 is never handed out: block tables are padded with it. Blocks are counted by reference, so
-that a later prefix cache can share them. `free + used == total` at all times.
+that a later prefix cache can share them. Free + used == total at all times, and an operation that
+raises changes nothing.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Sequence
 
 from graphopt.errors import CapacityError
 
@@ -18,24 +20,25 @@ class BlockPool:
         """Raises CapacityError when there is no block to hand out."""
         if num_blocks < 2 or block_size < 1:
             raise CapacityError(
-                f"a KV cache needs at least 2 blocks of 1 token, got {num_blocks} of {block_size}"
+                f"a KV cache needs at least 2 blocks (one is reserved) of at least 1 token, "
+                f"got {num_blocks} of {block_size}"
             )
         self.num_blocks, self.block_size = num_blocks, block_size
         self._free: deque[int] = deque(range(1, num_blocks))
         self._references: dict[int, int] = {}
 
     @property
-    def free(self) -> int:
+    def num_free(self) -> int:
         """Blocks that can be allocated."""
         return len(self._free)
 
     @property
-    def used(self) -> int:
+    def num_used(self) -> int:
         """Blocks that somebody holds."""
         return len(self._references)
 
     @property
-    def total(self) -> int:
+    def num_total(self) -> int:
         """Blocks that can ever be handed out."""
         return self.num_blocks - 1
 
@@ -44,34 +47,41 @@ class BlockPool:
         return -(-tokens // self.block_size)
 
     def allocate(self, count: int) -> list[int]:
-        """`count` blocks, each with one reference. Raises CapacityError when too few are free."""
-        if count > self.free:
-            raise CapacityError(f"{count} blocks wanted, {self.free} free")
+        """`count` blocks, each with one holder. Raises CapacityError when too few are free."""
+        if count > self.num_free:
+            raise CapacityError(f"{count} blocks wanted, {self.num_free} free")
         blocks = [self._free.popleft() for _ in range(count)]
         self._references.update(dict.fromkeys(blocks, 1))
         return blocks
 
     def share(self, block: int) -> None:
-        """One more holder of a used block."""
-        self._references[self._held(block)] += 1
+        """One more holder of a used block. Raises RuntimeError for a block nobody holds."""
+        self._require(block, 1)
+        self._references[block] += 1
 
-    def release(self, blocks: list[int]) -> None:
-        """One holder less for each; a block without holders is free. Raises RuntimeError for a
-        block nobody holds (freed twice, or never handed out)."""
+    def free(self, blocks: Sequence[int]) -> None:
+        """One holder less for each; a block without holders can be allocated again.
+
+        Raises RuntimeError for a block nobody holds (freed twice, or never handed out).
+        """
+        for block, count in Counter(blocks).items():
+            self._require(block, count)
         for block in blocks:
-            self._references[self._held(block)] -= 1
+            self._references[block] -= 1
             if self._references[block] == 0:
                 del self._references[block]
                 self._free.append(block)
 
-    def _held(self, block: int) -> int:
-        if block not in self._references:
-            raise RuntimeError(f"block {block} is not in use (freed twice?)")
-        return block
+    def _require(self, block: int, holders: int) -> None:
+        if self._references.get(block, 0) < holders:
+            raise RuntimeError(f"block {block} is not in use (freed twice, or never handed out)")
 
     def check(self) -> None:
         """Raise RuntimeError with a dump when a block is lost, doubled or out of range."""
         free, used = set(self._free), set(self._references)
         whole = free | used == set(range(1, self.num_blocks))
-        if free & used or len(free) != len(self._free) or not whole:
-            raise RuntimeError(f"block pool is inconsistent: free {free}, used {used}")
+        held = all(count > 0 for count in self._references.values())
+        if free & used or len(free) != len(self._free) or not whole or not held:
+            raise RuntimeError(
+                f"block pool is inconsistent: free {list(self._free)}, used {self._references}"
+            )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
 from graphopt.errors import RequestError
 
@@ -17,15 +19,16 @@ class SamplingParams:
     """How to choose tokens, per request.
 
     max_tokens: at most this many new tokens (>= 1).
-    temperature: 0 is greedy; otherwise logits are divided by it.
+    temperature: 0 is greedy; otherwise logits are divided by it. Then, in this order:
     top_k: keep the k most likely tokens (0: all). top_p: keep the smallest set of tokens whose
         probability reaches p, in (0, 1]. min_p: drop tokens below min_p times the most likely
         one's probability, in [0, 1].
     seed: same seed, same prompt, same tokens, whatever else runs; None: drawn by the engine.
     stop: texts that end generation (not part of the result; needs a tokenizer).
-    stop_token_ids: tokens that end it, beside the model's own end tokens. ignore_eos: only ours.
+    stop_token_ids: tokens that end it, beside the model's own end tokens.
+    ignore_eos: the model's own end tokens do not end it.
 
-    Raises RequestError naming the field and the legal range.
+    Raises RequestError naming the field, the value and the legal range.
     """
 
     max_tokens: int = 128
@@ -39,21 +42,49 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        """Check every range."""
-        self._check("max_tokens", self.max_tokens >= 1, "at least 1")
-        self._check("temperature", 0.0 <= self.temperature < float("inf"), "finite and >= 0")
-        self._check("top_k", self.top_k >= 0, ">= 0 (0 is off)")
-        self._check("top_p", 0.0 < self.top_p <= 1.0, "in (0, 1]")
-        self._check("min_p", 0.0 <= self.min_p <= 1.0, "in [0, 1]")
-        self._check("seed", self.seed is None or 0 <= self.seed < 2**63, "None or in [0, 2^63)")
-        is_texts = not isinstance(self.stop, str) and all(
-            isinstance(text, str) and text for text in self.stop
+        """Check every type and range."""
+        self._check("max_tokens", _is_int(self.max_tokens, 1), "an integer >= 1")
+        self._check(
+            "temperature",
+            _is_number(self.temperature) and 0.0 <= self.temperature < math.inf,
+            "finite and >= 0 (0 is greedy)",
         )
-        self._check("stop", is_texts, "a tuple of non-empty strings")
+        self._check("top_k", _is_int(self.top_k, 0), "an integer >= 0 (0 is off)")
+        self._check(
+            "top_p", _is_number(self.top_p) and 0.0 < self.top_p <= 1.0, "in (0, 1] (1 is off)"
+        )
+        self._check(
+            "min_p", _is_number(self.min_p) and 0.0 <= self.min_p <= 1.0, "in [0, 1] (0 is off)"
+        )
+        self._check(
+            "seed",
+            self.seed is None or (_is_int(self.seed, 0) and self.seed < 2**63),
+            "None or an integer in [0, 2^63)",
+        )
+        self._check(
+            "stop",
+            isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
+            "a tuple of non-empty strings",
+        )
+        self._check(
+            "stop_token_ids",
+            isinstance(self.stop_token_ids, tuple)
+            and all(_is_int(token, 0) for token in self.stop_token_ids),
+            "a tuple of token ids >= 0",
+        )
+        self._check("ignore_eos", isinstance(self.ignore_eos, bool), "True or False")
 
     def _check(self, name: str, is_legal: bool, legal: str) -> None:
         if not is_legal:
             raise RequestError(f"{name}={getattr(self, name)!r} is not allowed; it must be {legal}")
+
+
+def _is_int(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Status(Enum):
@@ -76,13 +107,16 @@ _LEGAL = {
 class Request:
     """One generation.
 
+    seed: of its randomness, `params.seed` or one the engine drew. end_tokens: tokens that end it.
     computed: how many of prompt + output tokens have their keys and values in the cache. There is
     no prefill or decode phase: `computed` catches up with `length`, then a token is sampled.
+    blocks: the cache blocks it holds, in order of position; owned by the scheduler.
     """
 
     request_id: int
     prompt: tuple[int, ...]
     params: SamplingParams
+    seed: int = 0
     end_tokens: frozenset[int] = frozenset()
     output: list[int] = field(default_factory=list)
     computed: int = 0
@@ -112,22 +146,27 @@ class Request:
         """Change status; an illegal transition is a bug and raises RuntimeError."""
         if (self.status, status) not in _LEGAL:
             raise RuntimeError(
-                f"request {self.request_id} cannot go from {self.status} to {status}"
+                f"request {self.request_id} cannot go from {self.status.value} to {status.value}"
             )
         self.status = status
 
-    def append(self, token: int) -> None:
-        """Add a sampled token and decide whether it was the last."""
+    def append(self, token: int) -> FinishReason | None:
+        """Add a sampled token; returns why it was the last one, None when it was not."""
         self.output.append(token)
         if token in self.end_tokens:
-            self.finish_reason = "stop"
-        elif len(self.output) >= self.params.max_tokens:
-            self.finish_reason = "length"
+            return "stop"
+        return "length" if len(self.output) >= self.params.max_tokens else None
 
 
-def token_tuple(tokens: Sequence[int]) -> tuple[int, ...]:
-    """Token ids as a tuple of ints. Raises RequestError for anything else."""
-    ids = tuple(tokens)
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
-        raise RequestError("a prompt is a string or a sequence of integer token ids")
-    return ids
+def token_tuple(tokens: Iterable[Any]) -> tuple[int, ...]:
+    """Token ids as plain ints; numpy and torch integers are welcome.
+
+    Raises RequestError for anything that is not a sequence of integers.
+    """
+    try:
+        ids = tuple(tokens)
+        if not any(isinstance(token, bool) for token in ids):
+            return tuple(map(operator.index, ids))
+    except TypeError:
+        pass
+    raise RequestError("a prompt is a string or a sequence of integer token ids")

@@ -1,9 +1,17 @@
 """The scheduler: which token rows run in the next step. Pure: no torch, no clock, no I/O.
 
 `schedule()` returns a frozen `StepPlan`; `commit(plan, sampled)` applies its result. In between,
-nothing changes but block ownership. First come, first served: running requests first, oldest
-first, so the oldest always advances. When blocks run out, the youngest running request gives
-its blocks back and starts over later; its tokens are kept and computed again.
+nothing changes but block ownership, so a plan whose execution failed is simply scheduled again.
+
+First come, first served, without phases: every request's `computed` catches up with its tokens.
+Running requests go first, oldest first. A waiting one is admitted, oldest first, when there are
+blocks for all its tokens, and gets those blocks at once; nobody overtakes it. Hence only the
+youngest running request can be in the middle of its prompt, a running request is never held up by
+another's prompt, and the oldest always advances.
+
+When blocks run out, the youngest running request gives all of its blocks back and returns to the
+front of the queue; its tokens are kept and computed again (recompute, vLLM arXiv 2309.06180,
+section 4.5). No request is admitted in a step that preempted one.
 """
 
 from __future__ import annotations
@@ -13,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from graphopt.runtime.blocks import BlockPool
-from graphopt.runtime.request import Request, Status
+from graphopt.runtime.request import FinishReason, Request, Status
 
 from graphopt.errors import CapacityError, RequestError
 
@@ -49,13 +57,18 @@ class StepPlan:
 class Scheduler:
     """See the module docstring.
 
-    max_tokens_per_step: rows a step may hold; long prompts are computed in chunks.
-    max_requests: requests running at once.
+    max_tokens_per_step: rows a step may hold; longer prompts are computed in chunks.
+    max_requests: requests running at once; others wait.
     """
 
     def __init__(self, pool: BlockPool, *, max_tokens_per_step: int, max_requests: int) -> None:
-        if max_tokens_per_step < 1 or max_requests < 1:
-            raise RequestError("max_tokens_per_step and max_requests must be at least 1")
+        """Raises RequestError when a limit is below 1."""
+        for name, value in (
+            ("max_tokens_per_step", max_tokens_per_step),
+            ("max_requests", max_requests),
+        ):
+            if value < 1:
+                raise RequestError(f"{name}={value} is not allowed; it must be >= 1")
         self.pool = pool
         self.max_tokens_per_step, self.max_requests = max_tokens_per_step, max_requests
         self.requests: dict[int, Request] = {}
@@ -63,152 +76,157 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.preemptions = 0
         self._plans = 0
-        self._open: StepPlan | None = None
-
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises CapacityError when it could never fit, RequestError for a used
-        id; nothing changes then."""
-        if request.request_id in self.requests:
-            raise RequestError(f"request id {request.request_id} is already in use")
-        # The last sampled token is never written to the cache.
-        needed = self.pool.blocks_for(len(request.prompt) + request.params.max_tokens - 1)
-        if needed > self.pool.total:
-            raise CapacityError(
-                f"request needs {needed} blocks of {self.pool.block_size} tokens at its full "
-                f"length, the KV cache has {self.pool.total}"
-            )
-        self.requests[request.request_id] = request
-        self.waiting.append(request)
-
-    def cancel(self, request_id: int) -> None:
-        """End a request now; its rows in an open plan are ignored at commit. Raises RequestError
-        for an unknown or finished one."""
-        request = self.requests.get(request_id)
-        if request is None:
-            raise RequestError(f"no request {request_id} is waiting or running")
-        request.finish_reason = "cancelled"
-        self._finish(request)
+        self._open: tuple[StepPlan, list[Request]] | None = None
 
     @property
     def has_work(self) -> bool:
         """True while any request is unfinished."""
         return bool(self.requests)
 
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises CapacityError when it could never fit, RequestError for an id in use; nothing
+        changes then.
+        """
+        if request.request_id in self.requests:
+            raise RequestError(f"request id {request.request_id} is already in use")
+        # The last sampled token is never written to the cache.
+        tokens = len(request.prompt) + request.params.max_tokens - 1
+        if self.pool.blocks_for(tokens) > self.pool.num_total:
+            capacity = self.pool.num_total * self.pool.block_size
+            raise CapacityError(
+                f"{len(request.prompt)} prompt tokens and max_tokens={request.params.max_tokens} "
+                f"need room for {tokens} tokens, the KV cache has room for {capacity}; use a "
+                "shorter prompt, fewer max_tokens or a larger cache"
+            )
+        self.requests[request.request_id] = request
+        self.waiting.append(request)
+
+    def cancel(self, request_id: int) -> None:
+        """End a request now, waiting or running; see `finish`."""
+        self.finish(request_id, "cancelled")
+
+    def finish(self, request_id: int, reason: FinishReason) -> None:
+        """End a request now and free its blocks; its rows in an open plan are ignored at commit.
+
+        Raises RequestError for an unknown or finished one.
+        """
+        request = self.requests.pop(request_id, None)
+        if request is None:
+            raise RequestError(f"no request {request_id} is waiting or running")
+        (self.running if request.status is Status.RUNNING else self.waiting).remove(request)
+        self._free(request)
+        request.finish_reason = reason
+        request.move(Status.FINISHED)
+
     def schedule(self) -> StepPlan:
-        """The next step; without rows when there is nothing to do."""
+        """The next step; without rows when there is nothing to do. Replaces an open plan."""
         budget = self.max_tokens_per_step
-        rows: list[ScheduledRows] = []
-        planned: set[int] = set()
-        for request in list(self.running):
+        planned: list[tuple[Request, int]] = []
+        preemptions = self.preemptions
+        for request in tuple(self.running):
             if budget == 0:
                 break
-            if request.status is not Status.RUNNING:
-                continue
-            count = self._fit(request, budget, planned)
-            if count:
-                rows.append(self._rows(request, count))
-                planned.add(request.request_id)
+            # An older request may have preempted it since the loop began.
+            if request.status is Status.RUNNING:
+                count = self._make_room(request, min(request.pending, budget))
                 budget -= count
-        while self.waiting and budget and len(self.running) < self.max_requests:
-            request = self.waiting[0]
-            count = min(request.pending, budget)
-            needed = self.pool.blocks_for(request.computed + count) - len(request.blocks)
-            if needed > self.pool.free:
-                break
-            self.waiting.popleft()
-            request.blocks += self.pool.allocate(needed)
-            request.move(Status.RUNNING)
-            self.running.append(request)
-            rows.append(self._rows(request, count))
-            budget -= count
+                if count:
+                    planned.append((request, count))
+        if self.preemptions == preemptions:
+            planned += self._admit(budget)
         self._plans += 1
-        self._open = StepPlan(self._plans, tuple(rows))
-        return self._open
+        plan = StepPlan(self._plans, tuple(_rows(request, count) for request, count in planned))
+        self._open = plan, [request for request, _ in planned]
+        return plan
 
     def commit(self, plan: StepPlan, sampled: Mapping[int, int]) -> list[Request]:
-        """Apply a step's result: `sampled` maps request id -> token for every row that asked.
+        """Apply a step's result; returns the requests that got a token, in the plan's order.
 
-        Returns the requests that got a token. Raises RuntimeError for a plan that is not the open
-        one or a missing token.
+        sampled: request id -> token, for exactly the rows that asked. Raises RuntimeError for a
+        plan that is not the open one, or missing or unknown ids; nothing changes then.
         """
-        if plan is not self._open:
-            raise RuntimeError(f"plan {plan.number} is not the one being executed")
-        self._open = None
+        if self._open is None or plan is not self._open[0]:
+            raise RuntimeError(f"plan {plan.number} is stale: it is not the one being executed")
+        asked = {rows.request_id for rows in plan.rows if rows.sample}
+        if asked != sampled.keys():
+            raise RuntimeError(
+                f"tokens were wanted for requests {sorted(asked)}, given for {sorted(sampled)}"
+            )
+        requests, self._open = self._open[1], None
         advanced: list[Request] = []
-        for rows in plan.rows:
-            request = self.requests.get(rows.request_id)
-            if request is None:
+        for rows, request in zip(plan.rows, requests, strict=True):
+            if request.status is Status.FINISHED:
                 continue
             request.computed = rows.start + len(rows.tokens)
             if rows.sample:
-                if rows.request_id not in sampled:
-                    raise RuntimeError(f"no token was sampled for request {rows.request_id}")
-                request.append(sampled[rows.request_id])
+                reason = request.append(sampled[rows.request_id])
                 advanced.append(request)
-                if request.finish_reason is not None:
-                    self._finish(request)
+                if reason is not None:
+                    self.finish(request.request_id, reason)
         self.check()
         return advanced
 
-    def abandon(self, plan: StepPlan) -> None:
-        """Forget a plan whose execution failed; its rows are computed again."""
-        if plan is self._open:
-            self._open = None
-
     def check(self) -> None:
-        """Raise RuntimeError when a block is lost or held by a request that is not running."""
-        self.pool.check()
+        """Raise RuntimeError when a block is lost or held by a request that is not running.
+
+        Counts only, cheap enough for every step; `BlockPool.check` looks at every block.
+        """
         held = sum(len(request.blocks) for request in self.running)
-        if held != self.pool.used or any(request.blocks for request in self.waiting):
-            raise RuntimeError(f"{held} blocks held by requests, {self.pool.used} in use")
+        used, free, total = self.pool.num_used, self.pool.num_free, self.pool.num_total
+        if held != used or used + free != total or any(r.blocks for r in self.waiting):
+            raise RuntimeError(
+                f"requests hold {held} blocks; the pool has {used} used + {free} free of {total}"
+            )
 
-    def _rows(self, request: Request, count: int) -> ScheduledRows:
-        start = request.computed
-        return ScheduledRows(
-            request.request_id,
-            request.tokens(start, start + count),
-            start,
-            tuple(request.blocks),
-            sample=start + count == request.length,
-        )
-
-    def _fit(self, request: Request, budget: int, planned: set[int]) -> int:
-        """Rows this running request can compute now, after making room for them."""
-        count = min(request.pending, budget)
+    def _make_room(self, request: Request, count: int) -> int:
+        """Blocks for `count` more rows of a running request; returns how many rows have room."""
         needed = self.pool.blocks_for(request.computed + count) - len(request.blocks)
-        while needed > self.pool.free:
-            victim = self.running[-1]
-            if victim is request or victim.request_id in planned:
-                # Only younger requests make room; take what fits without them.
-                room = (len(request.blocks) + self.pool.free) * self.pool.block_size
-                count = min(count, room - request.computed)
-                if count <= 0:
-                    self._preempt(request)
-                    return 0
-                needed = self.pool.blocks_for(request.computed + count) - len(request.blocks)
-                break
-            self._preempt(victim)
+        while needed > self.pool.num_free:
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is request:
+                return 0
         request.blocks += self.pool.allocate(max(0, needed))
         return count
 
+    def _admit(self, budget: int) -> list[tuple[Request, int]]:
+        admitted: list[tuple[Request, int]] = []
+        while self.waiting and budget and len(self.running) < self.max_requests:
+            request = self.waiting[0]
+            needed = self.pool.blocks_for(request.length)
+            if needed > self.pool.num_free:
+                break
+            self.waiting.popleft()
+            request.move(Status.RUNNING)
+            request.blocks = self.pool.allocate(needed)
+            self.running.append(request)
+            count = min(request.pending, budget)
+            admitted.append((request, count))
+            budget -= count
+        return admitted
+
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
-        self._release(request)
+        self._free(request)
         request.computed = 0
         request.preemptions += 1
         self.preemptions += 1
         request.move(Status.WAITING)
         self.waiting.appendleft(request)
 
-    def _finish(self, request: Request) -> None:
-        if request.status is Status.RUNNING:
-            self.running.remove(request)
-        else:
-            self.waiting.remove(request)
-        self._release(request)
-        request.move(Status.FINISHED)
-        del self.requests[request.request_id]
-
-    def _release(self, request: Request) -> None:
-        self.pool.release(request.blocks)
+    def _free(self, request: Request) -> None:
+        self.pool.free(request.blocks)
         request.blocks = []
+
+
+def _rows(request: Request, count: int) -> ScheduledRows:
+    start = request.computed
+    return ScheduledRows(
+        request.request_id,
+        request.tokens(start, start + count),
+        start,
+        tuple(request.blocks),
+        sample=start + count == request.length,
+    )

@@ -37,13 +37,15 @@ Rule = Callable[["Lowering", fx.Node], bool]
 class Lowering:
     """State of one lowering: the view of every node, and the plan so far.
 
-    rules: op -> lowering rule. matrices: weights read in a kernel layout; vectors: weights read as plain tensors.
+    rules: op -> lowering rule. parts: the views of a split. matrices: weights read in a kernel
+    layout; vectors: weights read as plain tensors.
     """
 
     def __init__(self, graph: Graph, rules: Mapping[object, Rule]) -> None:
         self.graph, self._rules = graph, rules
         self.plan = PlanBuilder()
         self.views: dict[fx.Node, View] = {}
+        self.parts: dict[fx.Node, list[View]] = {}
         self.matrices: dict[str, str] = {}
         self.vectors: dict[str, torch.dtype] = {}
         # Read by kernels that know their shape; nothing else may touch them.
@@ -73,9 +75,8 @@ class Lowering:
         self.views[node] = View(buffer, value.dtype, extents, strides)
 
     def _call(self, node: fx.Node) -> None:
-        if not isinstance(node.meta["val"], Tensor) and not is_impure(node.target):
-            if isinstance(node.meta["val"], (list, tuple)):
-                self._host(node)
+        value = node.meta["val"]
+        if not isinstance(value, (Tensor, list, tuple)) and not is_impure(node.target):
             return
         apply = self._rules.get(node.target)
         if apply is None or not apply(self, node):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import fx
 
@@ -92,6 +94,30 @@ def select(lowering: Lowering, node: fx.Node) -> bool:
     return True
 
 
+def split(lowering: Lowering, node: fx.Node) -> bool:
+    """Ranges of a plain axis."""
+    source = lowering.view(node.args[0])
+    axis = int(argument(node, "dim")) % len(source.extents)
+    if source.extents[axis].sym is not Sym.SYM_ONE:
+        return False
+    begin, parts = 0, []
+    for part in node.meta["val"]:
+        size = int(part.shape[axis])
+        parts.append(source.narrowed(axis, begin, Extent(size)))
+        begin += size
+    lowering.parts[node] = parts
+    return True
+
+
+def item(lowering: Lowering, node: fx.Node) -> bool:
+    """One part of a split."""
+    source, index = node.args[:2]
+    if source not in lowering.parts or not isinstance(index, int):
+        return False
+    lowering.views[node] = lowering.parts[source][index]  # type: ignore[index]
+    return True
+
+
 def cat(lowering: Lowering, node: fx.Node) -> bool:
     """A copy into each part of the result."""
     parts = [lowering.view(part) for part in argument(node, "tensors")]
@@ -154,5 +180,9 @@ RULES: dict[object, Rule] = {
     aten.slice.Tensor: slice_,
     aten.select.int: select,
     aten.cat.default: cat,
+    aten.chunk.default: split,
+    aten.split.Tensor: split,
+    aten.split_with_sizes.default: split,
+    operator.getitem: item,
     aten.index_select.default: index_select,
 }

@@ -354,6 +354,8 @@ _RULES: dict[object, Rule] = {
     aten.repeat_interleave.self_int: _repeat_interleave,
     aten.reshape.default: _reshape,
     aten.view.default: _reshape,
+    aten.flatten.using_ints: _reshape,
+    aten.unflatten.int: _reshape,
     aten.arange.default: _arange,
     aten.arange.start: _arange,
     aten.arange.start_step: _arange,

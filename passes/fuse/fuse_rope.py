@@ -3,12 +3,13 @@
     before   y = x * cos[:, None] + cat([-x[..., R/2:], x[..., :R/2]], -1) * sin[:, None]
     after    y = graphopt.rope(x, cos, sin)
 
-One site a tensor: queries and keys are two. Anchored on the cat. cos and sin must come from
-`[B or 1, S, R]` tables by an unsqueeze of the head axis.
+One site a tensor: queries and keys are two. Anchored on the cat. cos and sin must be
+`[S, R]`, or come from `[B or 1, S, R]` tables by an unsqueeze of the head axis.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,6 +24,7 @@ from graphopt.passes.base import Pass, Reject, Stage, Tier
 from graphopt.passes.registry import register
 
 aten = torch.ops.aten
+_SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,8 @@ class FuseRope(Pass[Rotation]):
     def rewrite(self, builder: GraphBuilder, bound: Rotation) -> None:
         """Emit the rotation where its sum stood."""
         with builder.at(bound.last):
-            operands = [bound.x, bound.cos, bound.sin]
+            tables = [_with_batch(builder, table) for table in (bound.cos, bound.sin)]
+            operands = [bound.x, *tables]
             new = builder.emit(rope.SPEC.overload, operands, like=[bound.last, bound.x])
         new.meta["layer"] = bound.last.meta["layer"]
         replace(builder.graph, bound.last, new)
@@ -93,27 +96,55 @@ def _halved(node: fx.Node) -> fx.Node | None:
     rank = len(shape_of(node))
     if int(argument(node, "dim")) % rank != rank - 1:
         return None
-    if not (is_call(high, aten.slice.Tensor) and is_call(low, aten.slice.Tensor)):
-        return None
-    x = high.args[0]
     width = shape_of(node)[-1]
-    if not isinstance(width, int) or low.args[0] is not x or shape_of(x)[-1] != width:
+    if not isinstance(width, int) or not isinstance(high, fx.Node) or not isinstance(low, fx.Node):
         return None
-    for part, start, stop in ((low, 0, width // 2), (high, width // 2, width)):
-        end = argument(part, "end")
-        first = argument(part, "start") or 0
-        is_last_axis = int(argument(part, "dim")) % rank == rank - 1
-        reaches = min(width, end) if isinstance(end, int) else width
-        if not is_last_axis or (first, reaches) != (start, stop) or argument(part, "step") != 1:
+    upper, lower = _part(high), _part(low)
+    if upper is None or lower is None or upper[0] is not lower[0]:
+        return None
+    x = upper[0]
+    halves = (lower[1:], upper[1:]) == ((0, width // 2), (width // 2, width))
+    return x if halves and shape_of(x)[-1] == width else None
+
+
+def _part(node: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """(x, start, stop) of a range of x's last axis: a slice, or an item of chunk or split."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node):
+        return None
+    if is_call(node, operator.getitem):
+        x, index = source.args[0], node.args[1]
+        if not is_call(source, *_SPLITS) or not isinstance(x, fx.Node):
             return None
-    return x if isinstance(x, fx.Node) else None
+        rank = len(shape_of(x))
+        if int(argument(source, "dim")) % rank != rank - 1 or not isinstance(index, int):
+            return None
+        widths = [int(part.shape[-1]) for part in source.meta["val"]]
+        return x, sum(widths[:index]), sum(widths[: index + 1])
+    rank = len(shape_of(source))
+    width = shape_of(source)[-1]
+    if not is_call(node, aten.slice.Tensor) or not isinstance(width, int):
+        return None
+    if int(argument(node, "dim")) % rank != rank - 1 or argument(node, "step") != 1:
+        return None
+    start, end = argument(node, "start") or 0, argument(node, "end")
+    return source, start, min(width, end) if isinstance(end, int) else width
 
 
 def _table(product: fx.Node, factor: fx.Node) -> fx.Node | None:
-    """The [B|1, S, R] table that `factor` is multiplied by."""
+    """The [B|1, S, R] or [S, R] table that `factor` is multiplied by."""
     other = product.args[1] if product.args[0] is factor else product.args[0]
+    if not isinstance(other, fx.Node):
+        return None
+    if len(shape_of(other)) == 2:
+        return other
     if not is_call(other, aten.unsqueeze.default):
         return None
-    assert isinstance(other, fx.Node)
     table, axis = other.args[:2]
     return table if axis in (1, -3) and isinstance(table, fx.Node) else None
+
+
+def _with_batch(builder: GraphBuilder, table: fx.Node) -> fx.Node:
+    if len(shape_of(table)) == 3:
+        return table
+    return builder.emit(aten.unsqueeze.default, [table, 0], like=[table])
