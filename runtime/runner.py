@@ -4,53 +4,66 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from graphopt.codegen.backend import ServingExecutable
-from graphopt.runtime.scheduler import StepPlan
+from graphopt.codegen.backend import Cache, ServingExecutable
+from graphopt.runtime.scheduler import ScheduledRows, StepPlan
 from torch import Tensor
+
+from graphopt.errors import BackendError
+
+__all__ = ["Cache", "Runner", "ServingExecutable"]
 
 
 class Runner:
-    """Executes plans over one KV cache of `num_blocks` blocks."""
+    """Executes plans over one KV cache of `num_blocks` blocks of `block_size` tokens."""
 
     def __init__(self, executable: ServingExecutable, num_blocks: int, block_size: int) -> None:
         self.executable, self.block_size = executable, block_size
         self.cache = executable.new_cache(num_blocks, block_size)
+        # Block tables change once in `block_size` steps: the rows of the last step are kept.
+        self._table = np.zeros((1, 1), np.int64)
+        self._table_rows: list[tuple[int, ...]] = [()]
 
     def run(self, plan: StepPlan) -> Tensor:
-        """Logits `[L, V]` of the rows that asked for a sample, in the plan's order."""
+        """Logits `[L, V]` of the rows that asked for a sample, in the plan's order.
+
+        Raises BackendError when the executable returns another shape, and whatever it raises.
+        """
         rows = plan.rows
-        counts = [len(r.tokens) for r in rows]
-        total = sum(counts)
-        columns = max(len(r.block_ids) for r in rows)
-        tokens = np.empty(total, np.int64)
-        positions = np.empty(total, np.int64)
-        slots = np.empty(total, np.int64)
-        tables = np.zeros((len(rows), columns), np.int64)
+        tables_RM = self._block_tables(rows)
+        counts_R = np.array([len(r.tokens) for r in rows], np.int64)
+        starts_R = np.array([r.start for r in rows], np.int64)
         query_start = np.zeros(len(rows) + 1, np.int64)
-        kv_lens = np.empty(len(rows), np.int64)
-        wanted = []
-        first = 0
-        for i, (r, count) in enumerate(zip(rows, counts, strict=True)):
-            last = first + count
-            tokens[first:last] = r.tokens
-            place = np.arange(r.start, r.start + count)
-            positions[first:last] = place
-            tables[i, : len(r.block_ids)] = r.block_ids
-            slots[first:last] = (
-                tables[i, place // self.block_size] * self.block_size + place % self.block_size
-            )
-            query_start[i + 1] = last
-            kv_lens[i] = r.start + count
-            if r.sample:
-                wanted.append(last - 1)
-            first = last
-        return self.executable(
+        np.cumsum(counts_R, out=query_start[1:])
+        row_of_T = np.repeat(np.arange(len(rows)), counts_R)
+        positions_T = np.arange(len(row_of_T)) + (starts_R - query_start[:-1])[row_of_T]
+        blocks_T, offsets_T = np.divmod(positions_T, self.block_size)
+        slots_T = tables_RM[row_of_T, blocks_T] * self.block_size + offsets_T
+        logit_rows_L = query_start[1:][[r.sample for r in rows]] - 1
+        logits_LV = self.executable(
             self.cache,
-            tokens=torch.from_numpy(tokens),
-            positions=torch.from_numpy(positions),
-            slots=torch.from_numpy(slots),
+            tokens=torch.tensor([token for r in rows for token in r.tokens]),
+            positions=torch.from_numpy(positions_T),
+            slots=torch.from_numpy(slots_T),
             query_start=torch.from_numpy(query_start),
-            kv_lens=torch.from_numpy(kv_lens),
-            block_tables=torch.from_numpy(tables),
-            logit_rows=torch.tensor(wanted, dtype=torch.int64),
+            kv_lens=torch.from_numpy(starts_R + counts_R),
+            block_tables=torch.from_numpy(tables_RM),
+            logit_rows=torch.from_numpy(logit_rows_L),
         )
+        expected = (len(logit_rows_L), self.executable.vocab_size)
+        if logits_LV.shape != expected:
+            raise BackendError(f"logits have shape {tuple(logits_LV.shape)}, expected {expected}")
+        return logits_LV
+
+    def _block_tables(self, rows: tuple[ScheduledRows, ...]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+        columns = max(len(r.block_ids) for r in rows)
+        height, width = self._table.shape
+        if len(rows) > height or columns > width:
+            shape = max(len(rows), 2 * height), max(columns, 2 * width)
+            self._table = np.zeros(shape, np.int64)
+            self._table_rows = [()] * shape[0]
+        for index, r in enumerate(rows):
+            if self._table_rows[index] != r.block_ids:
+                self._table[index, : len(r.block_ids)] = r.block_ids
+                self._table[index, len(r.block_ids) :] = 0
+                self._table_rows[index] = r.block_ids
+        return self._table[: len(rows), :columns].copy()

@@ -1,8 +1,12 @@
 """Choosing tokens from logits, each request by its own settings.
 
 Randomness is keyed by (seed, position): one uniform number from a counter-based generator, then
-the inverse of the cumulative distribution. The same request therefore gives the same tokens
-whatever it is batched with, however its prompt is chunked, and after a preemption.
+the inverse of the cumulative distribution over the vocabulary, in float64. Everything is computed
+row by row in a fixed order, so the same request gives the same tokens whatever it is batched with,
+however its prompt is chunked, and after a preemption.
+
+top-k, top-p and min-p apply in this order, each to what the one before kept. Equal logits rank by
+token id, so `top_k=1` is greedy.
 """
 
 from __future__ import annotations
@@ -17,6 +21,17 @@ from torch import Tensor
 from graphopt.errors import BackendError
 
 _MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+# Most top-k and top-p settings are decided by the largest logits; a full sort is 25 times slower.
+_HEAD = 256
+
+
+class NonFiniteLogitsError(BackendError):
+    """Logits that are no distribution (NaN, +inf, or all -inf). `rows`: their row numbers."""
+
+    def __init__(self, rows: tuple[int, ...], detail: str = "") -> None:
+        super().__init__(f"logits of rows {list(rows)} are NaN, infinite or all -inf{detail}")
+        self.rows = rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,50 +44,107 @@ class SamplingRow:
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) from (seed, position): two rounds of splitmix64 (Steele et al. 2014)."""
-    return (_mix(_mix(seed) ^ (position * 0x9E3779B97F4A7C15 & _MASK)) >> 11) * 2.0**-53
+    """A number in [0, 1) from (seed, position), by splitmix64 (Steele et al., OOPSLA 2014)."""
+    return (_mix(_mix(seed) ^ (position * _GOLDEN & _MASK)) >> 11) * 2.0**-53
 
 
 def _mix(value: int) -> int:
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = (value + _GOLDEN) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
     return value ^ (value >> 31)
 
 
 def sample(logits_LV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    """One token a row of `logits_LV` (float `[L, V]`).
+    """One token a row of `logits_LV` (float `[L, V]`); -inf rules a token out.
 
-    Raises BackendError when a row has no finite maximum.
+    Raises NonFiniteLogitsError when a row holds NaN or +inf, or nothing but -inf.
     """
-    best = torch.argmax(logits_LV, dim=-1)
-    peaks = logits_LV.gather(1, best[:, None])[:, 0].tolist()
-    for index, peak in enumerate(peaks):
-        if not float("-inf") < peak < float("inf"):
-            raise BackendError(f"logits of row {index} have maximum {peak}; the model diverged")
-    tokens = best.tolist()
-    for index, row in enumerate(rows):
-        if row.params.temperature > 0.0:
-            tokens[index] = _draw(logits_LV[index], row)
+    peaks_L, best_L = logits_LV.max(dim=-1)
+    # NaN counts as the largest value, so the largest tells whether there is one.
+    wrong = tuple((~torch.isfinite(peaks_L)).nonzero()[:, 0].tolist())
+    if wrong:
+        raise NonFiniteLogitsError(wrong)
+    tokens: list[int] = best_L.tolist()
+    drawn = [index for index, row in enumerate(rows) if row.params.temperature > 0.0]
+    if drawn:
+        chosen = _draw(logits_LV[drawn].cpu(), [rows[index] for index in drawn])
+        for index, token in zip(drawn, chosen, strict=True):
+            tokens[index] = token
     return tokens
 
 
-def _draw(logits_V: Tensor, row: SamplingRow) -> int:
-    """Temperature, then top-k, top-p and min-p on the sorted distribution."""
-    params = row.params
-    count = min(params.top_k or logits_V.shape[0], logits_V.shape[0])
-    # Stable order makes ties independent of the batch; float64 keeps the tail of the sum.
-    ordered, tokens = torch.sort(logits_V.double(), descending=True, stable=True)
-    ordered, tokens = ordered[:count], tokens[:count]
-    probabilities = torch.softmax(ordered / params.temperature, dim=-1)
-    if params.top_p < 1.0:
-        before = probabilities.cumsum(0) - probabilities
-        probabilities = torch.where(before < params.top_p, probabilities, 0.0)
-    if params.min_p > 0.0:
-        floor = params.min_p * probabilities[0]
-        probabilities = torch.where(probabilities >= floor, probabilities, 0.0)
-    cumulative = probabilities.cumsum(0)
-    point = uniform(row.seed, row.position) * cumulative[-1]
-    chosen = int(torch.searchsorted(cumulative, point, right=True))
-    last = int(torch.count_nonzero(probabilities)) - 1
-    return int(tokens[min(chosen, last)])
+def _draw(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+    weights_RV = _weights(logits_RV, rows)
+    _keep_most_likely(logits_RV, weights_RV, rows)
+    if any(row.params.min_p for row in rows):
+        # The most likely token has weight 1.
+        weights_RV *= weights_RV >= _column([row.params.min_p for row in rows])
+    cumulative_RV = weights_RV.cumsum(-1)
+    total_R1 = cumulative_RV[:, -1:]
+    points_R1 = _column([uniform(row.seed, row.position) for row in rows]) * total_R1
+    # Below the total, whatever the product was rounded to: then some token always exceeds it.
+    points_R1 = torch.minimum(points_R1, torch.nextafter(total_R1, torch.zeros_like(total_R1)))
+    chosen: list[int] = torch.searchsorted(cumulative_RV, points_R1, right=True)[:, 0].tolist()
+    return chosen
+
+
+def _weights(logits_RC: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+    """Probabilities relative to the row's largest, float64 (0.0 when they underflow)."""
+    logits_RC = logits_RC.double()
+    # Subtracted first: any temperature above 0 then stays within the range of float64.
+    shifted_RC = logits_RC - logits_RC.amax(dim=-1, keepdim=True)
+    return (shifted_RC / _column([row.params.temperature for row in rows])).exp()
+
+
+def _keep_most_likely(logits_RV: Tensor, weights_RV: Tensor, rows: Sequence[SamplingRow]) -> None:
+    """Zero the weights that top-k and top-p drop, in place."""
+    vocabulary = logits_RV.shape[-1]
+    limited = [
+        index
+        for index, row in enumerate(rows)
+        if 0 < row.params.top_k < vocabulary or row.params.top_p < 1.0
+    ]
+    if not limited:
+        return
+    part_PV, part_weights_PV = logits_RV[limited], weights_RV[limited]
+    part = [rows[index] for index in limited]
+    counts_P1, lowest_P1 = _ranks(part_PV, part_weights_PV, part, min(_HEAD, vocabulary))
+    above_PV, equal_PV = part_PV > lowest_P1, part_PV == lowest_P1
+    room_P1 = counts_P1 - above_PV.sum(-1, keepdim=True)
+    kept_PV = above_PV | (equal_PV & (equal_PV.cumsum(-1) <= room_P1))
+    weights_RV[limited] = part_weights_PV * kept_PV
+
+
+def _ranks(
+    logits_RV: Tensor, weights_RV: Tensor, rows: Sequence[SamplingRow], width: int
+) -> tuple[Tensor, Tensor]:
+    """How many tokens of each row top-k and top-p keep, and the lowest logit kept, `[R, 1]`.
+
+    Looks at the `width` largest logits; rows which that does not decide are sorted in full.
+    """
+    vocabulary = logits_RV.shape[-1]
+    top_k_R1 = torch.tensor([[min(row.params.top_k or vocabulary, vocabulary)] for row in rows])
+    top_p_R1 = _column([row.params.top_p for row in rows])
+    head_RC = logits_RV.topk(width).values
+    cumulative_RC = _weights(head_RC, rows).cumsum(-1)
+    # cumsum, not sum: its order of additions does not depend on how many rows there are.
+    total_R1 = torch.where(
+        top_k_R1 == vocabulary,
+        weights_RV.cumsum(-1)[:, -1:],
+        cumulative_RC.gather(-1, top_k_R1.clamp(max=width) - 1),
+    )
+    reached_R1 = (cumulative_RC < top_p_R1 * total_R1).sum(-1, keepdim=True) + 1
+    counts_R1 = torch.where(top_p_R1 < 1.0, torch.minimum(reached_R1, top_k_R1), top_k_R1)
+    lowest_R1 = head_RC.gather(-1, counts_R1.clamp(max=width) - 1)
+    is_open_R1 = (counts_R1 > width) | ((top_k_R1 > width) & (top_k_R1 < vocabulary))
+    undecided = is_open_R1[:, 0].nonzero()[:, 0].tolist()
+    if undecided:
+        counts_R1[undecided], lowest_R1[undecided] = _ranks(
+            logits_RV[undecided], weights_RV[undecided], [rows[i] for i in undecided], vocabulary
+        )
+    return counts_R1, lowest_R1
+
+
+def _column(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)[:, None]

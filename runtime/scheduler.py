@@ -11,7 +11,8 @@ another's prompt, and the oldest always advances.
 
 When blocks run out, the youngest running request gives all of its blocks back and returns to the
 front of the queue; its tokens are kept and computed again (recompute, vLLM arXiv 2309.06180,
-section 4.5). No request is admitted in a step that preempted one.
+section 4.5). When it is the youngest itself that needs one, it pauses. No request is admitted in a
+step that preempted one.
 """
 
 from __future__ import annotations
@@ -126,14 +127,12 @@ class Scheduler:
         planned: list[tuple[Request, int]] = []
         preemptions = self.preemptions
         for request in tuple(self.running):
-            if budget == 0:
-                break
             # An older request may have preempted it since the loop began.
             if request.status is Status.RUNNING:
-                count = self._make_room(request, min(request.pending, budget))
-                budget -= count
-                if count:
+                count = min(request.pending, budget)
+                if self._make_room(request, count):
                     planned.append((request, count))
+                    budget -= count
         if self.preemptions == preemptions:
             planned += self._admit(budget)
         self._plans += 1
@@ -175,21 +174,21 @@ class Scheduler:
         """
         held = sum(len(request.blocks) for request in self.running)
         used, free, total = self.pool.num_used, self.pool.num_free, self.pool.num_total
-        if held != used or used + free != total or any(r.blocks for r in self.waiting):
+        if held != used or used + free != total:
             raise RuntimeError(
                 f"requests hold {held} blocks; the pool has {used} used + {free} free of {total}"
             )
 
-    def _make_room(self, request: Request, count: int) -> int:
-        """Blocks for `count` more rows of a running request; returns how many rows have room."""
+    def _make_room(self, request: Request, count: int) -> bool:
+        """Give a running request blocks for `count` more rows, at the cost of younger ones."""
         needed = self.pool.blocks_for(request.computed + count) - len(request.blocks)
         while needed > self.pool.num_free:
-            youngest = self.running[-1]
-            self._preempt(youngest)
-            if youngest is request:
-                return 0
+            if self.running[-1] is request:
+                # Pausing keeps its work; an older request that needs its blocks takes them.
+                return False
+            self._preempt(self.running[-1])
         request.blocks += self.pool.allocate(max(0, needed))
-        return count
+        return True
 
     def _admit(self, budget: int) -> list[tuple[Request, int]]:
         admitted: list[tuple[Request, int]] = []

@@ -1,7 +1,8 @@
 // The micro-kernel of attention's two products, C[rows][columns] += A[rows][K] * B[K][columns].
 //
-// Each element of C is one chain of fused multiply-adds over k = 0..K-1, whatever the blocking:
-// results do not depend on how many rows are computed together.
+// Each element of C gets one chain of fused multiply-adds over k = 0..K-1, added once: results do not
+// depend on how many rows are computed together. Callers that split K sum short chains, which
+// keeps the rounding error small.
 #pragma once
 #include "vec.h"
 
@@ -34,7 +35,7 @@ GO_INLINE void gemm_block(const float* a, int64_t a_stride, const B& b, int64_t 
                           int64_t panel, float* c, int64_t c_stride) {
   F8 acc[R][2 * P];
   for (int r = 0; r < R; ++r) {
-    for (int j = 0; j < 2 * P; ++j) acc[r][j] = load(c + r * c_stride + j * LANES);
+    for (int j = 0; j < 2 * P; ++j) acc[r][j] = F8{};
   }
   // The smaller side is kept in registers: with the accumulators it must fit in 16.
   for (int64_t k = 0; k < depth; ++k) {
@@ -55,7 +56,10 @@ GO_INLINE void gemm_block(const float* a, int64_t a_stride, const B& b, int64_t 
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int j = 0; j < 2 * P; ++j) store(c + r * c_stride + j * LANES, acc[r][j]);
+    for (int j = 0; j < 2 * P; ++j) {
+      float* to = c + r * c_stride + j * LANES;
+      store(to, load(to) + acc[r][j]);
+    }
   }
 }
 

@@ -1,7 +1,7 @@
 // The float path of OP_LINEAR: fp32 activations, weights as fp32 panels.
 //
-// Every output is one chain of fused multiply-adds over k (gemm.h), so a row's result does not
-// depend on how many rows are computed together. Low-bit weights are expanded a panel at a time into
+// Every output is a sum of chains of fused multiply-adds over 64 k each (gemm.h), so a row's result does
+// not depend on how many rows are computed together. Low-bit weights are expanded a panel at a time into
 // scratch, with the same operations whatever the number of rows.
 #include <algorithm>
 
@@ -12,7 +12,7 @@ namespace go {
 namespace {
 
 constexpr int64_t STRIP = 64;          // output columns a work item computes
-constexpr int64_t DEPTH_BLOCK = 512;   // columns k of a panel that stay in the first-level cache
+constexpr int64_t DEPTH_BLOCK = 64;     // columns k of one chain: short chains round less
 constexpr int64_t A_BYTES = 192 << 10;  // rows of x that stay in the second-level cache
 
 const float* rows_as_float(const Linear& op, int64_t first, int64_t count, float* scratch,
