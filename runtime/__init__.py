@@ -1,4 +1,4 @@
-"""The runtime: requests, blocks, scheduler, sampler, runner, engine."""
+"""The runtime: requests, blocks, scheduler, runner, sampler, engine."""
 
 from graphopt.runtime.engine import Completion, Engine, EngineStats, TokenEvent
 from graphopt.runtime.request import SamplingParams

@@ -1,23 +1,29 @@
-"""The engine: submit requests, step, get tokens. Continuous batching over one executable."""
+"""The engine: submit requests, step, get tokens. Continuous batching over one executable.
+
+Not thread-safe: one thread calls it. An error in a step (of the executable, or logits that are no
+distribution) propagates; no token or block is lost, and the next step computes the same rows again.
+`generate` and `stream` cancel their own requests then.
+"""
 
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from graphopt.codegen.backend import ServingExecutable
+from graphopt.errors import RequestError
 from graphopt.runtime.blocks import BlockPool
 from graphopt.runtime.detokenizer import Detokenizer
 from graphopt.runtime.request import FinishReason, Request, SamplingParams, token_tuple
 from graphopt.runtime.runner import Runner
-from graphopt.runtime.sampler import SamplingRow, sample
+from graphopt.runtime.sampler import NonFiniteLogitsError, SamplingRow, sample
 from graphopt.runtime.scheduler import Scheduler, StepPlan
 
-from graphopt.errors import RequestError
-
 Prompt = str | Sequence[int]
+_DEFAULT_CACHE_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +32,7 @@ class TokenEvent:
 
     token: the new token, None when the request ended without one (cancelled).
     text: the text that became certain ("" while characters or stop texts are incomplete), None
-    without a tokenizer. finish_reason: set on the request's last event.
+    without a tokenizer. finish_reason: set on the request's last event, and only there.
     """
 
     request_id: int
@@ -37,7 +43,7 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished request. text is None without a tokenizer."""
+    """A finished request. text is None without a tokenizer; seed repeats it."""
 
     prompt_tokens: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -48,7 +54,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Counters since the engine was made, and its present state."""
+    """Counters since the engine was made (steps .. preemptions), and its present state."""
 
     steps: int
     prompt_tokens: int
@@ -62,17 +68,22 @@ class EngineStats:
 
 @dataclass(slots=True, eq=False)
 class _Live:
+    """A request between `submit` and its last event. inbox: events its stream has not yet given."""
+
     request: Request
-    seed: int
     detokenizer: Detokenizer | None
+    inbox: deque[TokenEvent] | None = None
 
 
 class Engine:
     """See the module docstring.
 
-    tokenizer: needed for string prompts, text and stop texts. kv_cache_tokens: size of the KV
-    cache in tokens; it is rounded up to whole blocks. max_tokens_per_step: longer prompts are
-    computed in chunks. max_requests: requests that run at once; others wait.
+    tokenizer: needed for string prompts, text and stop texts. eos_token_ids: the model's end
+    tokens. block_size: tokens a cache block holds. num_blocks (one of them is reserved) or
+    kv_cache_bytes: size of the KV cache; with neither it holds 8192 tokens. max_tokens_per_step:
+    longer prompts are computed in chunks. max_requests: requests that run at once; others wait.
+
+    Raises RequestError for limits below 1 and CapacityError for a cache without room.
     """
 
     def __init__(
@@ -82,13 +93,21 @@ class Engine:
         eos_token_ids: Sequence[int] = (),
         *,
         block_size: int = 16,
-        kv_cache_tokens: int = 8192,
+        num_blocks: int | None = None,
+        kv_cache_bytes: int | None = None,
         max_tokens_per_step: int = 512,
         max_requests: int = 64,
     ) -> None:
         self.executable, self.tokenizer = executable, tokenizer
         self._eos = frozenset(eos_token_ids)
-        num_blocks = -(-kv_cache_tokens // block_size) + 1
+        if block_size < 1:
+            raise RequestError(f"block_size={block_size} is not allowed; it must be >= 1")
+        if num_blocks is not None and kv_cache_bytes is not None:
+            raise RequestError("give num_blocks or kv_cache_bytes, not both")
+        if kv_cache_bytes is not None:
+            num_blocks = kv_cache_bytes // (block_size * executable.cache_bytes_per_token)
+        elif num_blocks is None:
+            num_blocks = -(-_DEFAULT_CACHE_TOKENS // block_size) + 1
         self._pool = BlockPool(num_blocks, block_size)
         self._scheduler = Scheduler(
             self._pool, max_tokens_per_step=max_tokens_per_step, max_requests=max_requests
@@ -114,8 +133,8 @@ class Engine:
             self._scheduler.preemptions,
             len(self._scheduler.running),
             len(self._scheduler.waiting),
-            self._pool.used,
-            self._pool.free,
+            self._pool.num_used,
+            self._pool.num_free,
         )
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
@@ -125,134 +144,168 @@ class Engine:
         """
         params = params or SamplingParams()
         tokens = self._encode(prompt)
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop texts need a tokenizer; use stop_token_ids")
-        limit = self.executable.max_context
-        if limit is not None and len(tokens) + params.max_tokens > limit:
-            raise RequestError(
-                f"{len(tokens)} prompt tokens and max_tokens={params.max_tokens} exceed the "
-                f"model's context of {limit}"
-            )
-        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
-        request = Request(self._next_id, tokens, params, ends)
+        self._check(tokens, params)
+        request = Request(
+            self._next_id,
+            tokens,
+            params,
+            seed=self._entropy.getrandbits(63) if params.seed is None else params.seed,
+            end_tokens=frozenset(params.stop_token_ids)
+            | (frozenset() if params.ignore_eos else self._eos),
+        )
+        detokenizer = None
+        if self.tokenizer is not None:
+            detokenizer = Detokenizer(self.tokenizer, tokens, params.stop)
         self._scheduler.submit(request)
         self._next_id += 1
-        seed = self._entropy.getrandbits(63) if params.seed is None else params.seed
-        text = None if self.tokenizer is None else Detokenizer(self.tokenizer, params.stop)
-        self._live[request.request_id] = _Live(request, seed, text)
+        self._live[request.request_id] = _Live(request, detokenizer)
         self._prompt_tokens += len(tokens)
         return request.request_id
 
     def cancel(self, request_id: int) -> TokenEvent:
-        """End a request now. Raises RequestError when it is not waiting or running."""
+        """End a request now; returns its last event, with the text that was held back.
+
+        Raises RequestError when it is not waiting or running.
+        """
         self._scheduler.cancel(request_id)
-        live = self._live.pop(request_id)
-        text = None if live.detokenizer is None else live.detokenizer.finish()
-        return TokenEvent(request_id, None, text, "cancelled")
+        return self._deliver(self._live[request_id], None, "")
 
     def step(self) -> list[TokenEvent]:
-        """Compute one batch; returns the tokens it gave.
-
-        When the executable raises, the error propagates and the engine stays usable: the same
-        rows are scheduled again by the next step.
-        """
+        """Compute one batch; returns the tokens it gave, at most one a request."""
         plan = self._scheduler.schedule()
         if not plan.rows:
             return []
-        try:
-            sampled = self._sample(plan)
-        except BaseException:
-            self._scheduler.abandon(plan)
-            raise
+        advanced = self._scheduler.commit(plan, self._sample(plan))
         self._steps += 1
-        advanced = self._scheduler.commit(plan, sampled)
         self._generated_tokens += len(advanced)
-        return [self._event(request) for request in advanced]
+        return [self._event(self._live[request.request_id]) for request in advanced]
 
     def generate(
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
-        """Complete all prompts, batched together; results in the order of the prompts."""
+        """Complete all prompts, batched together; results in the order of the prompts.
+
+        params: one for all, or one a prompt. Raises what `submit` and `step` raise; then none of
+        the prompts is left in the engine.
+        """
+        if isinstance(prompts, str):
+            raise RequestError("generate takes a sequence of prompts; wrap a single one in a list")
         many = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
         if len(many) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(many)} sampling settings")
-        ids: list[int] = []
+        lives: list[_Live] = []
         try:
             for prompt, one in zip(prompts, many, strict=True):
-                ids.append(self.submit(prompt, one))
-            lives = {request_id: self._live[request_id] for request_id in ids}
-            while any(request_id in self._live for request_id in ids):
+                lives.append(self._live[self.submit(prompt, one)])
+            while any(live.request.finish_reason is None for live in lives):
                 self.step()
         except BaseException:
-            self._cancel_all(ids)
+            self._cancel_unfinished(lives)
             raise
-        return [_completion(lives[request_id]) for request_id in ids]
+        return [_completion(live) for live in lives]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
-        """Complete one prompt; an event a token. Closing the iterator cancels the request."""
-        request_id = self.submit(prompt, params)
-        return self._events_of(request_id)
+        """Complete one prompt; an event a token.
 
-    def _events_of(self, request_id: int) -> Iterator[TokenEvent]:
+        Several streams and other requests may be under way at once: each iterator steps the
+        engine when it has no event, and the others find theirs later. Closing one that has begun
+        cancels its request. Raises RequestError at once, not at the first event.
+        """
+        live = self._live[self.submit(prompt, params)]
+        live.inbox = deque()
+        return self._events_of(live, live.inbox)
+
+    def _events_of(self, live: _Live, inbox: deque[TokenEvent]) -> Iterator[TokenEvent]:
         try:
-            while request_id in self._live:
-                yield from [e for e in self.step() if e.request_id == request_id]
+            while inbox or live.request.finish_reason is None:
+                while not inbox:
+                    self.step()
+                yield inbox.popleft()
         finally:
-            self._cancel_all([request_id])
+            self._cancel_unfinished([live])
 
-    def _cancel_all(self, ids: Sequence[int]) -> None:
-        for request_id in ids:
-            if request_id in self._live:
-                self.cancel(request_id)
+    def _cancel_unfinished(self, lives: Sequence[_Live]) -> None:
+        for live in lives:
+            if live.request.finish_reason is None:
+                self.cancel(live.request.request_id)
 
     def _encode(self, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise RequestError("a string prompt needs a tokenizer; pass token ids")
-            prompt = list(self.tokenizer.encode(prompt))
-        tokens = token_tuple(prompt)
+        if not isinstance(prompt, str):
+            return token_tuple(prompt)
+        if self.tokenizer is None:
+            raise RequestError("a string prompt needs a tokenizer; pass token ids")
+        return token_tuple(self.tokenizer.encode(prompt))
+
+    def _check(self, tokens: tuple[int, ...], params: SamplingParams) -> None:
         if not tokens:
-            raise RequestError("the prompt is empty")
-        if min(tokens) < 0 or max(tokens) >= self.executable.vocab_size:
+            raise RequestError("the prompt is empty; it needs at least one token")
+        vocabulary = self.executable.vocab_size
+        for name, ids in (("prompt", tokens), ("stop_token_ids", params.stop_token_ids)):
+            wrong = [token for token in ids if not 0 <= token < vocabulary]
+            if wrong:
+                raise RequestError(
+                    f"{name} has token id {wrong[0]}; the vocabulary is 0..{vocabulary - 1}"
+                )
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop texts need a tokenizer; use stop_token_ids")
+        limit = self.executable.max_context
+        if limit is not None and len(tokens) > limit:
+            raise RequestError(f"the prompt has {len(tokens)} tokens, the model takes {limit}")
+        # The last sampled token is never given to the model.
+        if limit is not None and len(tokens) + params.max_tokens - 1 > limit:
             raise RequestError(
-                f"token ids must be 0..{self.executable.vocab_size - 1}, "
-                f"got {min(tokens)}..{max(tokens)}"
+                f"max_tokens={params.max_tokens} is not allowed for a prompt of {len(tokens)} "
+                f"tokens; the model's context of {limit} leaves {limit - len(tokens) + 1}"
             )
-        return tokens
 
     def _sample(self, plan: StepPlan) -> dict[int, int]:
-        logits = self._runner.run(plan)
+        logits_LV = self._runner.run(plan)
         wanted = [rows.request_id for rows in plan.rows if rows.sample]
         if not wanted:
             return {}
-        rows = [
-            SamplingRow(live.request.params, live.seed, live.request.length)
-            for live in map(self._live.__getitem__, wanted)
-        ]
-        return dict(zip(wanted, sample(logits, rows), strict=True))
+        requests = [self._live[request_id].request for request_id in wanted]
+        rows = [SamplingRow(r.params, r.seed, r.length) for r in requests]
+        try:
+            return dict(zip(wanted, sample(logits_LV, rows), strict=True))
+        except NonFiniteLogitsError as error:
+            ids = [wanted[row] for row in error.rows]
+            raise NonFiniteLogitsError(
+                error.rows, f": requests {ids}; cancel them to go on with the others"
+            ) from None
 
-    def _event(self, request: Request) -> TokenEvent:
-        live = self._live[request.request_id]
+    def _event(self, live: _Live) -> TokenEvent:
+        request, detokenizer = live.request, live.detokenizer
         token = request.output[-1]
-        text: str | None = None
-        if live.detokenizer is not None:
-            # An end token is not part of the text.
-            text = "" if token in request.end_tokens else live.detokenizer.push(token)
-            if live.detokenizer.stopped and request.finish_reason != "stop":
+        text = ""
+        # An end token is not part of the text.
+        if detokenizer is not None and token not in request.end_tokens:
+            text = detokenizer.push(token)
+            if detokenizer.stopped:
                 if request.finish_reason is None:
-                    self._scheduler.cancel(request.request_id)
+                    self._scheduler.finish(request.request_id, "stop")
                 request.finish_reason = "stop"
-            if request.finish_reason is not None:
-                text += live.detokenizer.finish()
+        return self._deliver(live, token, text)
+
+    def _deliver(self, live: _Live, token: int | None, text: str) -> TokenEvent:
+        request, detokenizer = live.request, live.detokenizer
         if request.finish_reason is not None:
             del self._live[request.request_id]
-        return TokenEvent(request.request_id, token, text, request.finish_reason)
+            if detokenizer is not None:
+                text += detokenizer.finish()
+        event = TokenEvent(
+            request.request_id, token, None if detokenizer is None else text, request.finish_reason
+        )
+        if live.inbox is not None:
+            live.inbox.append(event)
+        return event
 
 
 def _completion(live: _Live) -> Completion:
     request = live.request
     assert request.finish_reason is not None
     text = None if live.detokenizer is None else live.detokenizer.text
-    return Completion(request.prompt, tuple(request.output), text, request.finish_reason, live.seed)
+    return Completion(
+        request.prompt, tuple(request.output), text, request.finish_reason, request.seed
+    )

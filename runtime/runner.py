@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from graphopt.codegen.backend import Cache, ServingExecutable
-from graphopt.runtime.scheduler import ScheduledRows, StepPlan
+from numpy.typing import NDArray
 from torch import Tensor
 
+from graphopt.codegen.backend import Cache, ServingExecutable
 from graphopt.errors import BackendError
+from graphopt.runtime.scheduler import ScheduledRows, StepPlan
 
 __all__ = ["Cache", "Runner", "ServingExecutable"]
 
@@ -54,7 +55,7 @@ class Runner:
             raise BackendError(f"logits have shape {tuple(logits_LV.shape)}, expected {expected}")
         return logits_LV
 
-    def _block_tables(self, rows: tuple[ScheduledRows, ...]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    def _block_tables(self, rows: tuple[ScheduledRows, ...]) -> NDArray[np.int64]:
         columns = max(len(r.block_ids) for r in rows)
         height, width = self._table.shape
         if len(rows) > height or columns > width:

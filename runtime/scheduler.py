@@ -21,10 +21,9 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from graphopt.errors import CapacityError, RequestError
 from graphopt.runtime.blocks import BlockPool
 from graphopt.runtime.request import FinishReason, Request, Status
-
-from graphopt.errors import CapacityError, RequestError
 
 
 @dataclass(frozen=True, slots=True)

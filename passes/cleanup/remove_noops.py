@@ -29,6 +29,7 @@ _COPIES = (
     aten.to.device,
     aten.to.dtype_layout,
     aten.to.other,
+    aten.type_as.default,
     aten._to_copy.default,
     aten.alias.default,
     aten.detach.default,

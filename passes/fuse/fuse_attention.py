@@ -29,7 +29,7 @@ from graphopt.passes.registry import register
 
 aten = torch.ops.aten
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
-_CASTS = (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout)
+_CASTS = (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.type_as.default)
 _PRODUCT = (aten.matmul.default, aten.bmm.default)
 _SCALE = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 _FILL = (aten.masked_fill.Scalar,)

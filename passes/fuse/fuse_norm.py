@@ -24,7 +24,7 @@ from graphopt.passes.base import Pass, Reject, Stage, Tier
 from graphopt.passes.registry import register
 
 aten = torch.ops.aten
-_CASTS = (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout)
+_CASTS = (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.type_as.default)
 
 
 @dataclass(frozen=True, slots=True)
