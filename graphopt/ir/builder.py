@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import Argument, map_arg
 
@@ -57,7 +58,8 @@ class GraphBuilder:
         fake_args, fake_kwargs = map_arg((args, kwargs), lambda n: n.meta["val"])
         key = (id(self.mode), target, type_key(fake_args), type_key(fake_kwargs))
         if key not in self.graph.inferred:
-            with self.mode, torch.no_grad():
+            # Without the Python dispatcher some ATen ops would fix symbolic sizes to their hints.
+            with enable_python_dispatcher(), self.mode, torch.no_grad():
                 self.graph.inferred[key] = target(*fake_args, **fake_kwargs)
         return self.graph.inferred[key]
 

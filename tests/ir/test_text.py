@@ -1,0 +1,109 @@
+"""`.gir`: what is printed reads back as the same graph, and nothing else reads at all."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from graphopt.capture import capture
+from graphopt.errors import ProgramFormatError
+from graphopt.ir.graph import Graph
+from graphopt.ir.parser import first_difference, parse_graph
+from graphopt.ir.printer import print_graph
+from run_graph import CLEANUP, FUSE, apply, run
+from tiny_models import tiny_llama
+
+
+def stages() -> dict[str, Graph]:
+    captured = capture(tiny_llama())
+    fused = captured.copy()
+    apply(fused, *CLEANUP, *FUSE)
+    serving = fused.copy()
+    apply(serving, "insert_kv_cache")
+    return {"captured": captured, "fused": fused, "serving": serving}
+
+
+@pytest.fixture(scope="module")
+def graphs() -> dict[str, Graph]:
+    return stages()
+
+
+@pytest.mark.parametrize("stage", ["captured", "fused", "serving"])
+def test_round_trip(graphs: dict[str, Graph], stage: str) -> None:
+    graph = graphs[stage]
+    text = print_graph(graph)
+    again = parse_graph(text, graph.weights)
+    assert first_difference(graph, again) is None
+    assert print_graph(again) == text
+    assert again.dialect == graph.dialect
+
+
+def test_the_parsed_graph_computes_the_same(graphs: dict[str, Graph]) -> None:
+    graph = graphs["fused"]
+    ids = torch.randint(0, 101, (2, 9))
+    again = parse_graph(print_graph(graph), graph.weights)
+    assert torch.equal(run(again, ids), run(graph, ids))
+
+
+def test_printing_is_stable_and_free_of_fx_names(graphs: dict[str, Graph]) -> None:
+    graph = graphs["fused"]
+    text = print_graph(graph)
+    renamed = graph.copy()
+    for index, node in enumerate(renamed.nodes):
+        node.name = f"zz_{index}"
+    assert print_graph(renamed) == text
+    assert "s72" not in text
+    assert "f32[batch, sequence, 64]" in text
+
+
+def test_a_difference_is_found(graphs: dict[str, Graph]) -> None:
+    graph = graphs["fused"]
+    other = graph.copy()
+    node = other.calls(torch.ops.graphopt.rms_norm.default)[1]
+    node.kwargs = {**node.kwargs, "eps": 0.5}
+    difference = first_difference(graph, other)
+    assert difference is not None
+    assert "eps=0.5" in difference
+
+
+BAD = [
+    (r"gir 1", "gir 9", "expected 'gir 1'"),
+    (r"aten\.linear\(", "os.system(", "unknown op"),
+    (r"aten\.linear\(", "aten.__class__(", "unknown op"),
+    (r"aten\.linear\(", "aten.no_such_op(", "unknown op"),
+    (r"sym_size\.int\(%input_ids, 1\)", "sym_size.int(%nothing, 1)", "not defined"),
+    (r"eps=1e-06", "eps=oops", "not a value"),
+    (r"eps=1e-06, ", "eps=1e-06 ", "expected ','"),
+    (r"f32\[batch, sequence, 96\]", "f32[batch, sequence, 97]", "the operands give"),
+    (r"weight @model\.norm\.weight", "weight @model.nrm.weight", "not in the weights"),
+    (r"weight @model\.norm\.weight : f32\[64\]", "weight @model.norm.weight : f32[65]", "says"),
+    (r"return %\d+\n", "", "before 'return'"),
+    (r"return (%\d+)\n", "return \\1\nextra\n", "after return"),
+    (r"input %input_ids : i64\[batch, sequence\]", "input %input_ids : i64[batch*2, 3]", "size"),
+    (r"graphopt\.swiglu\((%\d+), (%\d+)\)", "graphopt.swiglu(\\1)", "type-check"),
+    (r"%5 : ", "%4 : ", "twice"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "replacement", "message"), BAD)
+def test_bad_text_is_refused_with_its_line(
+    graphs: dict[str, Graph], pattern: str, replacement: str, message: str
+) -> None:
+    graph = graphs["fused"]
+    text, count = re.subn(pattern, replacement, print_graph(graph), count=1)
+    assert count == 1, pattern
+    with pytest.raises(ProgramFormatError, match=message) as error:
+        parse_graph(text, graph.weights)
+    assert re.search(r"line \d+", str(error.value))
+
+
+def test_every_truncation_is_refused(graphs: dict[str, Graph]) -> None:
+    graph = graphs["fused"]
+    lines = print_graph(graph).splitlines()
+    for count in range(0, len(lines) - 1, 7):
+        with pytest.raises(ProgramFormatError):
+            parse_graph("\n".join(lines[:count]), graph.weights)
+
+

@@ -1,0 +1,255 @@
+"""Attention by all three roads; masks proven or kept; everything else rejected with a code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphopt.capture import capture
+from graphopt.ir.graph import Graph, argument
+from graphopt.models.bert_like import BertLike, BertLikeConfig
+from graphopt.models.gpt2_like import GPT2Like, GPT2LikeConfig
+from graphopt.ops import attention
+from graphopt.passes.fuse.mask_meaning import read_mask
+from graphopt.report import Report
+from run_graph import CLEANUP, apply, assert_close, assert_idempotent, run
+from tiny_models import tiny_llama
+
+HEADS, WIDTH = 4, 8
+Scores = Callable[[Tensor, Tensor], Tensor]
+
+
+class Attention(nn.Module):
+    """q, k, v projections of embedded ids around `attend(q, k, v)`."""
+
+    def __init__(self, attend: Callable[..., Tensor], kv_heads: int = HEADS) -> None:
+        super().__init__()
+        self.attend, self.kv_heads = attend, kv_heads
+        self.embed = nn.Embedding(50, HEADS * WIDTH)
+        self.q = nn.Linear(HEADS * WIDTH, HEADS * WIDTH)
+        self.k = nn.Linear(HEADS * WIDTH, kv_heads * WIDTH)
+        self.v = nn.Linear(HEADS * WIDTH, kv_heads * WIDTH)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        q, k, v = (
+            p(x).view(x.shape[0], x.shape[1], -1, WIDTH).transpose(1, 2)
+            for p in (self.q, self.k, self.v)
+        )
+        return self.attend(q, k, v).transpose(1, 2).flatten(2)
+
+
+def fuse(attend: Callable[..., Tensor], kv_heads: int = HEADS) -> tuple[Graph, Report]:
+    """Fused graph; its values are checked against the graph before."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 50, (3, 11))
+    graph = capture(Attention(attend, kv_heads).eval(), ids)
+    before = run(graph, ids)
+    report = apply(graph, *CLEANUP, "fuse_attention", "dead_code")
+    assert_close(run(graph, ids), before)
+    assert_idempotent(graph, ["fuse_attention", "dead_code"])
+    return graph, report
+
+
+def the_attention(graph: Graph) -> dict[str, object]:
+    (node,) = graph.calls(attention.SPEC.overload)
+    names = ("mask", "pad_BT", "scale", "causal", "window")
+    return {name: argument(node, name) for name in names}
+
+
+def code(attend: Callable[..., Tensor]) -> str:
+    graph, report = fuse(attend)
+    assert not graph.calls(attention.SPEC.overload)
+    (rejection,) = report.rejections("fuse_attention")
+    assert rejection.source.startswith("test_fuse_attention.py:")
+    return rejection.code
+
+
+def iota(q: Tensor) -> tuple[Tensor, Tensor]:
+    i = torch.arange(q.shape[2])
+    return i[:, None], i[None, :]
+
+
+def softmax(q: Tensor, k: Tensor, v: Tensor, mask: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    scores = q @ k.transpose(-1, -2) / math.sqrt(WIDTH)
+    return torch.softmax(mask(scores, q), -1) @ v
+
+
+NEGATIVE = torch.finfo(torch.float32).min
+
+
+def by_masked_fill(scores: Tensor, q: Tensor) -> Tensor:
+    i, j = iota(q)
+    return scores.masked_fill(j > i, float("-inf"))
+
+
+def by_addition(scores: Tensor, q: Tensor) -> Tensor:
+    i, j = iota(q)
+    return scores + torch.where(j <= i, 0.0, NEGATIVE)
+
+
+def by_commuted_addition(scores: Tensor, q: Tensor) -> Tensor:
+    i, j = iota(q)
+    return torch.where(j > i, NEGATIVE, 0.0) + scores
+
+
+def by_tril(scores: Tensor, q: Tensor) -> Tensor:
+    s = q.shape[2]
+    return scores.masked_fill(~torch.ones(s, s, dtype=torch.bool).tril(), NEGATIVE)
+
+
+@pytest.mark.parametrize("mask", [by_masked_fill, by_addition, by_commuted_addition, by_tril])
+def test_causal_masks_are_proven_and_gone(mask: Scores) -> None:
+    graph, _ = fuse(lambda q, k, v: softmax(q, k, v, mask))
+    found = the_attention(graph)
+    assert found["causal"]
+    assert found["mask"] is None
+    assert found["scale"] == pytest.approx(1 / math.sqrt(WIDTH))
+    ops = graph.op_counts()
+    assert not any(op.startswith(("aten.arange", "aten.where", "aten.tril")) for op in ops)
+
+
+@pytest.mark.parametrize("window", [1, 3, 6])
+def test_windows_are_proven(window: int) -> None:
+    def mask(scores: Tensor, q: Tensor) -> Tensor:
+        i, j = iota(q)
+        return scores.masked_fill((j > i) | (j <= i - window), float("-inf"))
+
+    found = the_attention(fuse(lambda q, k, v: softmax(q, k, v, mask))[0])
+    assert (found["causal"], found["window"], found["mask"]) == (True, window, None)
+
+
+def test_no_mask_is_bidirectional() -> None:
+    found = the_attention(fuse(lambda q, k, v: softmax(q, k, v, lambda s, _: s))[0])
+    assert not found["causal"]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda s, q: s + torch.where(iota(q)[1] <= iota(q)[0] + 1, 0.0, NEGATIVE),  # off by one
+        lambda s, q: s + torch.where(iota(q)[1] >= iota(q)[0], 0.0, NEGATIVE),  # looks ahead
+        lambda s, q: s + torch.where(iota(q)[1] < iota(q)[0] + 2, 0.0, NEGATIVE),
+        lambda s, q: s - (iota(q)[0] - iota(q)[1]).abs() * 0.5,  # ALiBi-like
+    ],
+)
+def test_other_masks_are_never_taken_for_causal(mask: Scores) -> None:
+    graph, _ = fuse(lambda q, k, v: softmax(q, k, v, mask))
+    for node in graph.calls(attention.SPEC.overload):
+        assert argument(node, "mask") is not None
+        assert not argument(node, "causal")
+
+
+@pytest.mark.parametrize("scaled", ["q", "k", "scores", "mul"])
+def test_the_scale_may_stand_anywhere(scaled: str) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if scaled == "q":
+            q = q * 0.25
+        if scaled == "k":
+            k = k / 4.0
+        scores = q @ k.transpose(2, 3)
+        if scaled == "scores":
+            scores = scores / 4.0
+        if scaled == "mul":
+            scores = scores * 0.25
+        return F.softmax(by_addition(scores, q), -1, dtype=torch.float32).to(q.dtype) @ v
+
+    assert the_attention(fuse(attend)[0])["scale"] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("repeat", ["interleave", "expand"])
+def test_repeated_heads_are_read_unrepeated(repeat: str) -> None:
+    def again(x: Tensor) -> Tensor:
+        if repeat == "interleave":
+            return x.repeat_interleave(2, 1)
+        b, h, s, d = x.shape
+        return x[:, :, None].expand(b, h, 2, s, d).reshape(b, h * 2, s, d)
+
+    graph, _ = fuse(lambda q, k, v: softmax(q, again(k), again(v), by_tril), kv_heads=2)
+    (node,) = graph.calls(attention.SPEC.overload)
+    assert argument(node, "k_BGTD").meta["val"].shape[1] == 2
+    assert argument(node, "v_BGTE").meta["val"].shape[1] == 2
+
+
+def test_sdpa_causal_flag_and_dense_mask() -> None:
+    sdpa = F.scaled_dot_product_attention
+    found = the_attention(fuse(lambda q, k, v: sdpa(q, k, v, is_causal=True))[0])
+    assert found["causal"]
+
+    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i, j = iota(q)
+        return sdpa(q, k, v, attn_mask=(j <= i)[None, None], scale=0.3)
+
+    found = the_attention(fuse(masked)[0])
+    assert (found["causal"], found["mask"], found["scale"]) == (True, None, 0.3)
+
+
+def test_rejections_carry_their_codes() -> None:
+    def axis(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.transpose(2, 3), 2) @ v
+
+    def probabilities(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        p = torch.softmax(q @ k.transpose(2, 3), -1)
+        return p @ v + p.sum(-1, keepdim=True)
+
+    def scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.transpose(2, 3)
+        return torch.softmax(s, -1) @ v + s.amax(-1, keepdim=True)
+
+    def dropout(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=0.1) * 0 + v
+
+    def router(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q, -1).topk(2).values.sum(-1, keepdim=True) + v
+
+    assert code(axis) == "softmax-axis"
+    assert code(probabilities) == "probabilities-used"
+    assert code(scores) == "scores-used"
+    assert code(dropout) == "dropout-on"
+    assert code(router) == "no-value-product"
+
+
+def test_the_hook_is_adopted_once_a_layer() -> None:
+    graph = capture(tiny_llama(layers=3))
+    report = apply(graph, "fuse_attention")
+    assert report.sites("fuse_attention") == 3
+    assert {site.layer for site in report.passes[0].sites} == {
+        f"model.layers.{i}.self_attn" for i in range(3)
+    }
+    assert apply(graph, "fuse_attention").sites("fuse_attention") == 0
+
+
+def test_our_gpt2_and_bert() -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 256, (2, 13))
+    gpt2 = GPT2Like(GPT2LikeConfig()).eval()
+    graph = capture(gpt2, ids)
+    apply(graph, *CLEANUP, "fuse_attention", "dead_code")
+    assert [argument(n, "causal") for n in graph.calls(attention.SPEC.overload)] == [True, True]
+    assert_close(run(graph, ids), gpt2(ids))
+
+    bert = BertLike(BertLikeConfig()).eval()
+    mask = torch.ones_like(ids)
+    mask[0, 9:] = 0
+    graph = capture(bert, (ids, mask))
+    apply(graph, *CLEANUP, "fuse_attention", "dead_code")
+    calls = graph.calls(attention.SPEC.overload)
+    assert [(argument(n, "causal"), argument(n, "mask")) for n in calls] == [(False, None)] * 2
+    assert all(argument(n, "pad_BT") is not None for n in calls)
+    assert_close(run(graph, ids, mask), bert(ids, mask))
+
+
+def test_a_mask_from_data_has_no_meaning() -> None:
+    class FromData(nn.Module):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = input_ids.float()
+            return torch.where(x[:, None] <= x[..., None], 0.0, NEGATIVE)
+
+    graph = capture(FromData().eval(), torch.randint(0, 9, (2, 7)))
+    (output,) = graph.output_nodes
+    assert read_mask(output, lambda values: values == 0) is None

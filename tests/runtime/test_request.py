@@ -1,0 +1,124 @@
+"""SamplingParams and Request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from graphopt.errors import RequestError
+from graphopt.runtime.request import Request, SamplingParams, Status, token_tuple
+
+ILLEGAL = [
+    ("max_tokens", 0, ">= 1"),
+    ("max_tokens", 1.5, "integer"),
+    ("max_tokens", True, "integer"),
+    ("temperature", -0.1, ">= 0"),
+    ("temperature", float("nan"), "finite"),
+    ("temperature", float("inf"), "finite"),
+    ("temperature", "hot", "finite"),
+    ("top_k", -1, ">= 0"),
+    ("top_k", 2.0, "integer"),
+    ("top_p", 0.0, r"\(0, 1\]"),
+    ("top_p", 1.01, r"\(0, 1\]"),
+    ("top_p", float("nan"), r"\(0, 1\]"),
+    ("min_p", -0.01, r"\[0, 1\]"),
+    ("min_p", 1.01, r"\[0, 1\]"),
+    ("seed", -1, r"\[0, 2\^63\)"),
+    ("seed", 2**63, r"\[0, 2\^63\)"),
+    ("seed", 1.0, "integer"),
+    ("stop", "text", "tuple"),
+    ("stop", ("a", ""), "non-empty"),
+    ("stop", ["a"], "tuple"),
+    ("stop", (1,), "strings"),
+    ("stop_token_ids", (-1,), ">= 0"),
+    ("stop_token_ids", [1], "tuple"),
+    ("ignore_eos", 1, "True or False"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "legal"), ILLEGAL)
+def test_illegal_value_names_field_value_and_range(name: str, value: Any, legal: str) -> None:
+    with pytest.raises(RequestError, match=legal) as caught:
+        SamplingParams(**{name: value})
+    assert f"{name}={value!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 1),
+        ("temperature", 0),
+        ("temperature", 1e-300),
+        ("top_k", 0),
+        ("top_p", 1),
+        ("min_p", 1.0),
+        ("seed", 2**63 - 1),
+        ("stop", ("a", "b")),
+        ("stop_token_ids", (0,)),
+    ],
+)
+def test_edges_are_legal(name: str, value: Any) -> None:
+    assert getattr(SamplingParams(**{name: value}), name) == value
+
+
+def test_params_are_frozen_and_hashable() -> None:
+    params = SamplingParams(stop=("x",))
+    with pytest.raises(AttributeError):
+        params.top_k = 3  # type: ignore[misc]
+    assert len({params, SamplingParams(stop=("x",))}) == 1
+
+
+LEGAL = {
+    (Status.WAITING, Status.RUNNING),
+    (Status.RUNNING, Status.WAITING),
+    (Status.RUNNING, Status.FINISHED),
+    (Status.WAITING, Status.FINISHED),
+}
+
+
+@pytest.mark.parametrize("source", list(Status))
+@pytest.mark.parametrize("target", list(Status))
+def test_transitions(source: Status, target: Status) -> None:
+    request = Request(7, (1,), SamplingParams(), status=source)
+    if (source, target) in LEGAL:
+        request.move(target)
+        assert request.status is target
+    else:
+        with pytest.raises(RuntimeError, match="request 7 cannot go from"):
+            request.move(target)
+        assert request.status is source
+
+
+def test_tokens_spans_prompt_and_output() -> None:
+    request = Request(0, (10, 11, 12), SamplingParams(), output=[13, 14])
+    everything = (10, 11, 12, 13, 14)
+    for start in range(6):
+        for stop in range(start, 6):
+            assert request.tokens(start, stop) == everything[start:stop]
+
+
+def test_append_tells_why_it_was_the_last() -> None:
+    request = Request(0, (1,), SamplingParams(max_tokens=3), end_tokens=frozenset({5}))
+    assert request.append(4) is None
+    assert request.append(4) is None
+    assert request.append(4) == "length"
+    request = Request(0, (1,), SamplingParams(max_tokens=1), end_tokens=frozenset({5}))
+    assert request.append(5) == "stop"
+
+
+@pytest.mark.parametrize(
+    "tokens", [[1, 2], (1, 2), np.array([1, 2]), np.array([1, 2], np.uint8), torch.tensor([1, 2])]
+)
+def test_token_tuple_takes_integers_of_any_library(tokens: Any) -> None:
+    ids = token_tuple(tokens)
+    assert ids == (1, 2)
+    assert {type(token) for token in ids} == {int}
+
+
+@pytest.mark.parametrize("tokens", [[1.0], ["a"], [True], [[1, 2]], 5, None, torch.tensor([1.5])])
+def test_token_tuple_refuses_anything_else(tokens: Any) -> None:
+    with pytest.raises(RequestError, match="sequence of integer token ids"):
+        token_tuple(tokens)
