@@ -46,6 +46,9 @@ class ServingExecutable(Protocol):
     def cache_bytes_per_token(self) -> int:
         """Bytes of keys and values of one token, all layers together."""
 
+    def original_weights(self) -> dict[str, Tensor]:
+        """The weights that lowering took out of the graph, in their original form."""
+
     def new_cache(self, num_blocks: int, block_size: int) -> Cache:
         """Storage for `num_blocks * block_size` tokens."""
 

@@ -107,6 +107,10 @@ class ReferenceServing:
         self.vocab_size = vocabulary(graph)
         self.cache_bytes_per_token = cache_bytes_per_token(graph, kv_dtype)
 
+    def original_weights(self) -> dict[str, Tensor]:
+        """None: the weights stay in the graph."""
+        return {}
+
     def new_cache(self, num_blocks: int, block_size: int) -> TensorCache:
         """Zeroed storage."""
         return make_cache(self.graph, num_blocks, block_size, self.kv_dtype)

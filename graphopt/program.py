@@ -177,8 +177,8 @@ class Program:
 
     def weights(self) -> Mapping[str, Tensor]:
         """All weights by name, those held in kernel layouts converted back bit for bit."""
-        originals = getattr(self._serving, "original_weights", dict)()
-        return {**self.graph.weights, **originals}
+        taken = {} if self._serving is None else self._serving.original_weights()
+        return {**self.graph.weights, **taken}
 
     def _with_weights(self, graph: Graph) -> Graph:
         whole = graph.copy()

@@ -62,9 +62,7 @@ class Steps:
         """Everything that is left, at most `chunk` rows of each request a step."""
         collected: list[list[Tensor]] = [[] for _ in self.tokens]
         while any(d < len(t) for d, t in zip(self.done, self.tokens, strict=True)):
-            counts = [
-                min(chunk, len(t) - d) for d, t in zip(self.done, self.tokens, strict=True)
-            ]
+            counts = [min(chunk, len(t) - d) for d, t in zip(self.done, self.tokens, strict=True)]
             for part, rows in zip(collected, self.run(counts), strict=True):
                 part.append(rows)
         return [torch.cat(parts) for parts in collected]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -45,8 +44,8 @@ def source() -> Any:
 
 
 @pytest.fixture(scope="module")
-def program(source: Any) -> Iterator[Program]:
-    yield graphopt.compile(source, expect=EXPECT, serving="required")
+def program(source: Any) -> Program:
+    return graphopt.compile(source, expect=EXPECT, serving="required")
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ class CpuServing:
             instr
             for segment in self.plan.segments
             if isinstance(segment, Segment)
-            for instr in segment.instrs  # type: ignore[attr-defined]
+            for instr in segment.instrs
         ]
 
     def _finish_matrices(self) -> None:
@@ -142,7 +142,7 @@ class CpuServing:
             if isinstance(segment, HostStep):
                 segment.run(self._resolve)
             else:
-                self._library.run(segment.instrs, bases, self._syms, self._threads)  # type: ignore[arg-type]
+                self._library.run(segment.instrs, bases, self._syms, self._threads)
         return logits
 
     def _set(self, name: str, value: Tensor) -> None:
@@ -172,13 +172,14 @@ class CpuServing:
         base, fixed, per_token = self.plan.places[view.buffer]
         sizes = [e.mult * self._syms[e.sym] for e in view.extents]
         if base == ARENA:
-            shift = self._bases[ARENA] - self._arena.data_ptr()
+            address = self._arena.data_ptr()
+            shift = -(-address // 64) * 64 - address
             start = shift + fixed + per_token * self._syms[Sym.SYM_TOKENS] + view.offset
             typed = self._arena[start:]
             typed = typed[: typed.numel() // view.dtype.itemsize * view.dtype.itemsize]
             return typed.view(view.dtype).as_strided(sizes, view.strides)
         storage = self._host_tensors[base]
-        start = storage.storage_offset() + view.offset // view.dtype.itemsize
+        start = int(storage.storage_offset()) + view.offset // view.dtype.itemsize
         return storage.as_strided(sizes, view.strides, start)
 
 

@@ -8,10 +8,10 @@ the last barrier, has written (or read, if it writes).
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-
-from torch import Tensor
+from typing import Any
 
 from graphopt.codegen.cpu.abi import Dim, DType, Instr, Op, Operand, Sym
 from graphopt.codegen.cpu.dtypes import NATIVE_DTYPES
@@ -54,7 +54,7 @@ class NativeStep:
 class HostStep:
     """An op without a kernel: torch runs it between two native segments."""
 
-    run: Callable[[Callable[[View], Tensor]], None]
+    run: Callable[[Callable[[View | Extent], Any]], None]
     operands: tuple[View, ...]
     text: str
     writes: int = 1
@@ -67,7 +67,7 @@ Step = NativeStep | HostStep
 class Segment:
     """Instructions executed by one native call."""
 
-    instrs: object
+    instrs: ctypes.Array[Instr]
     count: int
 
 

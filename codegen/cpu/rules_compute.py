@@ -31,7 +31,7 @@ from graphopt.ops import (
 
 aten = torch.ops.aten
 
-_UNARY = {
+_UNARY: dict[object, UnaryKind] = {
     aten.neg.default: UnaryKind.UNARY_NEG,
     aten.exp.default: UnaryKind.UNARY_EXP,
     aten.rsqrt.default: UnaryKind.UNARY_RSQRT,
@@ -44,7 +44,7 @@ _UNARY = {
     aten.sin.default: UnaryKind.UNARY_SIN,
     aten.reciprocal.default: UnaryKind.UNARY_RECIPROCAL,
 }
-_BINARY = {
+_BINARY: dict[object, BinaryKind] = {
     aten.add.Tensor: BinaryKind.BINARY_ADD,
     aten.sub.Tensor: BinaryKind.BINARY_SUB,
     aten.mul.Tensor: BinaryKind.BINARY_MUL,

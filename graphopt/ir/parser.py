@@ -164,7 +164,8 @@ class _Parser:
 
     def _check_types(self) -> None:
         printer = Printer(self.graph)
-        for self.line, node, written in self.types:
+        for line, node, written in self.types:
+            self.line = line
             inferred = printer.type(node.meta["val"])
             if inferred != written:
                 raise self.fail(f"written as {written}, but the operands give {inferred}")

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from native_plan import call
 from torch import Tensor
 
 from graphopt.codegen.cpu.abi import Op
@@ -13,7 +14,6 @@ from graphopt.codegen.cpu.packing import KernelWeight, pack_dense, pack_low_bit,
 from graphopt.errors import UnsupportedError
 from graphopt.ir.weights import PackedWeight
 from graphopt.ops.linear_wq import quantize_activations
-from native_plan import call
 
 SHAPES = [(1, 32), (7, 64), (17, 576), (192, 96), (130, 1536)]
 

@@ -6,14 +6,14 @@ import re
 
 import pytest
 import torch
+from run_graph import CLEANUP, FUSE, apply, run
+from tiny_models import tiny_llama
 
 from graphopt.capture import capture
 from graphopt.errors import ProgramFormatError
 from graphopt.ir.graph import Graph
 from graphopt.ir.parser import first_difference, parse_graph
 from graphopt.ir.printer import print_graph
-from run_graph import CLEANUP, FUSE, apply, run
-from tiny_models import tiny_llama
 
 
 def stages() -> dict[str, Graph]:
@@ -105,5 +105,3 @@ def test_every_truncation_is_refused(graphs: dict[str, Graph]) -> None:
     for count in range(0, len(lines) - 1, 7):
         with pytest.raises(ProgramFormatError):
             parse_graph("\n".join(lines[:count]), graph.weights)
-
-

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from run_graph import apply
+from tiny_models import tiny_llama
 from torch import fx
 
 from graphopt.capture import capture
 from graphopt.errors import VerifyError
 from graphopt.ir.graph import Graph, InputSpec
 from graphopt.ir.verify import verify
-from run_graph import apply
-from tiny_models import tiny_llama
 
 aten = torch.ops.aten
 

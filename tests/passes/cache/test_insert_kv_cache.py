@@ -6,6 +6,8 @@ import random
 
 import pytest
 import torch
+from serving_steps import Steps
+from tiny_models import CausalConvolution, tiny_llama
 from torch import Tensor, nn
 
 from graphopt.capture import capture
@@ -15,8 +17,6 @@ from graphopt.ops import kv_write, paged_attention
 from graphopt.passes.manager import PassManager
 from graphopt.passes.registry import all_passes
 from graphopt.report import Rejection, Report
-from serving_steps import Steps
-from tiny_models import CausalConvolution, tiny_llama
 
 
 def insert(graph: Graph, *passes: str) -> Report:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from run_graph import CLEANUP, apply, assert_idempotent, run
+from tiny_models import tiny_llama
 from torch import Tensor, nn
 
 from graphopt.capture import capture
 from graphopt.ir.graph import Graph
-from run_graph import CLEANUP, apply, assert_idempotent, run
-from tiny_models import tiny_llama
 
 Function = Callable[[Tensor], Tensor]
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from run_graph import CLEANUP, FUSE, apply, assert_close, assert_idempotent, run
+from tiny_models import tiny_llama
 from torch import Tensor, nn
 
 from graphopt.capture import capture
 from graphopt.ir.graph import Graph
 from graphopt.models.llama_like import LlamaLike, LlamaLikeConfig
-from run_graph import CLEANUP, FUSE, apply, assert_close, assert_idempotent, run
-from tiny_models import tiny_llama
 
 WIDTH = 16
 
@@ -87,7 +87,10 @@ def test_norms_in_other_spellings(norm: Callable[[Tensor, Tensor], Tensor]) -> N
         (lambda x, w: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6) * w, "mean-axis"),
         (lambda x, w: x * torch.rsqrt(x.pow(4).mean(-1, keepdim=True) + 1e-6) * w, "no-square"),
         (lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)) * w, "no-epsilon"),
-        (lambda x, w: w * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6), "rsqrt-used-elsewhere"),
+        (
+            lambda x, w: w * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6),
+            "rsqrt-used-elsewhere",
+        ),
     ],
 )
 def test_norm_look_alikes(function: Callable[[Tensor, Tensor], Tensor], code: str) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from run_graph import CLEANUP, apply, assert_close, assert_idempotent, run
+from tiny_models import tiny_llama
 from torch import Tensor, nn
 
 from graphopt.capture import capture
@@ -17,8 +19,6 @@ from graphopt.models.gpt2_like import GPT2Like, GPT2LikeConfig
 from graphopt.ops import attention
 from graphopt.passes.fuse.mask_meaning import read_mask
 from graphopt.report import Report
-from run_graph import CLEANUP, apply, assert_close, assert_idempotent, run
-from tiny_models import tiny_llama
 
 HEADS, WIDTH = 4, 8
 Scores = Callable[[Tensor, Tensor], Tensor]
