@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -18,7 +18,7 @@ from rich.table import Table
 
 import graphopt
 from graphopt.errors import GraphoptError
-from graphopt.models import load
+from graphopt.models import BUILTINS, load
 from graphopt.passes.registry import all_passes, ordered
 from graphopt.program import Program
 from graphopt.report import grouped
@@ -34,7 +34,9 @@ app = typer.Typer(
 console = Console()
 
 Model = Annotated[str, typer.Argument(help="model name, folder, .gguf file, or saved program")]
-Weights = Annotated[str, typer.Option(help="packed: keep low-bit weights as they are; dense")]
+Weights = Annotated[
+    str, typer.Option(help="packed: keep the low-bit weights of a GGUF file; dense: expand them")
+]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16")]
 Activations = Annotated[str, typer.Option(help="float, or int8 for faster low-bit layers")]
 Backend = Annotated[str, typer.Option(help="cpu or reference")]
@@ -59,14 +61,24 @@ def open_program(
             f"--weights {weights!r} is not supported; supported: packed, dense"
         )
     # Not inside a spinner: fetching weights shows its own progress.
-    source = load(model, dtype=DTYPES[dtype], weights=weights)  # type: ignore[arg-type]
+    start = time.perf_counter()
+    source = load(model, dtype=DTYPES[dtype], weights=_kept(model, weights))
+    loaded = time.perf_counter() - start
     with console.status(f"compiling {source.name}"):
-        return graphopt.compile(
+        program = graphopt.compile(
             source,
             backend=backend,
             activations=activations,  # type: ignore[arg-type]
             dump=dump,
         )
+    program.report.seconds["load"] = loaded
+    return program
+
+
+def _kept(model: str, weights: str) -> Literal["packed", "dense"]:
+    """Only GGUF files have low-bit weights to keep; folders and hub names are dense."""
+    is_gguf = model in BUILTINS or model.endswith(".gguf")
+    return "packed" if weights == "packed" and is_gguf else "dense"
 
 
 def stream(program: Program, prompt: str | list[int], params: SamplingParams) -> None:
