@@ -65,5 +65,6 @@ def test_errors_are_one_line_and_status_2(
         cli.main()
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("error:")
+    assert "Traceback" not in error
+    error = error[error.index("error:") :]
     assert message in error.replace("\n", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -78,12 +79,7 @@ def capture(
         if is_hf and "use_cache" in _parameters(module):
             call.setdefault("use_cache", False)
             shapes.setdefault("use_cache", None)
-        try:
-            program = torch.export.export(module, (), call, dynamic_shapes=shapes, strict=strict)
-        except CaptureError:
-            raise
-        except Exception as error:
-            raise CaptureError(f"torch.export could not capture {source.name}: {error}") from error
+        program = _export(module, call, shapes, strict, source.name)
         graph = graph_from_exported(program, source.name)
     graph.symbols.update(_symbol_names(graph, axes))
     for name in list(graph.weights):
@@ -91,6 +87,40 @@ def capture(
             graph.packed[name] = source.packed[name]
             graph.weights[name] = graph.weights[name].to("meta")
     return graph
+
+
+def _export(
+    module: nn.Module, call: dict[str, Any], shapes: dict[str, Any], strict: bool, name: str
+) -> ExportedProgram:
+    """torch.export; a size the model bounds (learned positions) is bounded and tried once more."""
+    for attempt in range(2):
+        try:
+            return torch.export.export(module, (), call, dynamic_shapes=shapes, strict=strict)
+        except CaptureError:
+            raise
+        except Exception as error:
+            refined = _bounded(str(error), shapes) if attempt == 0 else None
+            if refined is None:
+                raise CaptureError(f"torch.export could not capture {name}: {error}") from error
+            shapes = refined
+    raise AssertionError("unreachable")
+
+
+def _bounded(message: str, shapes: dict[str, Any]) -> dict[str, Any] | None:
+    """Dynamic shapes with the upper bounds that torch.export suggests; None when it suggests
+    anything else, such as fixing a size."""
+    limits = {
+        match["name"]: int(match["max"])
+        for match in re.finditer(r"(?P<name>\w+) = Dim\('\w+', max=(?P<max>\d+)\)", message)
+    }
+    suggested = set(re.findall(r"^\s*(\w+) = ", message.partition("Suggested fixes:")[2], re.M))
+    if not limits or suggested != set(limits):
+        return None
+    dims = {name: Dim(name, max=limit) for name, limit in limits.items()}
+    return {
+        name: axes and {axis: dims.get(dim.__name__, dim) for axis, dim in axes.items()}
+        for name, axes in shapes.items()
+    }
 
 
 def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:

@@ -47,9 +47,10 @@ def source_of(node: fx.Node) -> str:
 
 
 def functional(program: ExportedProgram) -> ExportedProgram:
-    """The program without in-place ops; untouched when there are none."""
+    """The program without in-place ops and nested graphs; untouched when there are none."""
     calls = [n for n in program.graph.nodes if n.op == "call_function"]
-    if any(is_impure(n.target) for n in calls):
+    is_nested = any(n.op == "get_attr" for n in program.graph.nodes)
+    if is_nested or any(is_impure(n.target) for n in calls):
         functionalised: ExportedProgram = program.run_decompositions({})
         return functionalised
     return program

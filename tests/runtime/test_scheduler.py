@@ -250,10 +250,10 @@ def test_missing_or_unknown_tokens_change_nothing(sampled: dict[int, int]) -> No
 def test_check_notices_a_lost_block() -> None:
     s = scheduler()
     s.submit(request(0))
-    step(s)
+    plan = s.schedule()
     s.running[0].blocks.pop()
-    with pytest.raises(RuntimeError, match="requests hold 1 blocks"):
-        step(s)
+    with pytest.raises(RuntimeError, match="requests hold 1 blocks; the pool has 2 used"):
+        s.commit(plan, answers(plan))
 
 
 def test_continuous_arrivals_starve_nobody() -> None:
