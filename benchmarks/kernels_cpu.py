@@ -44,9 +44,7 @@ def random_packed(n: int, k: int, bits: int, zero: bool) -> PackedWeight:
     return PackedWeight(bits, 32, codes, scale, zeros, 8 if bits == 4 and not zero else 0, "")
 
 
-def plan(
-    x: Tensor, weights: Sequence[KernelWeight], mode: int, threads: int
-) -> Callable[[], None]:
+def plan(x: Tensor, weights: Sequence[KernelWeight], mode: int, threads: int) -> Callable[[], None]:
     """One native call that multiplies x by every weight."""
     library, rows = load_library(), x.shape[0]
     out = torch.empty(rows, weights[0].n, dtype=x.dtype)
@@ -93,7 +91,10 @@ def interleaved(cases: dict[str, Callable[[], object]], rounds: int) -> dict[str
 def kernel_weights(n: int, k: int) -> dict[str, tuple[KernelWeight, int]]:
     """Every kind of weight with the activation mode it is measured in."""
     dense = torch.randn(n, k)
-    q4, q4z = pack_low_bit(random_packed(n, k, 4, False)), pack_low_bit(random_packed(n, k, 4, True))
+    q4, q4z = (
+        pack_low_bit(random_packed(n, k, 4, False)),
+        pack_low_bit(random_packed(n, k, 4, True)),
+    )
     q8 = pack_low_bit(random_packed(n, k, 8, False))
     return {
         "f32": (pack_dense(dense), FLOAT),

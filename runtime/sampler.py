@@ -116,7 +116,7 @@ def _keep_most_likely(logits_RV: Tensor, weights_RV: Tensor, rows: Sequence[Samp
     ranked_PV = torch.from_numpy(-np.sort(-logits_PV.numpy()))
     cumulative_PV = _weights(ranked_PV, part).cumsum(-1)
     needed_P1 = top_p_P1 * cumulative_PV.gather(-1, top_k_P1 - 1)
-    reached_P1 = (cumulative_PV < needed_P1).sum(-1, keepdim=True) + 1
+    reached_P1 = (cumulative_PV <= needed_P1).sum(-1, keepdim=True) + 1
     counts_P1 = torch.where(top_p_P1 < 1.0, torch.minimum(reached_P1, top_k_P1), top_k_P1)
     lowest_P1 = ranked_PV.gather(-1, counts_P1 - 1)
     above_PV, equal_PV = logits_PV > lowest_P1, logits_PV == lowest_P1

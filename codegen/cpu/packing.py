@@ -14,6 +14,8 @@ from graphopt.ir.weights import PackedWeight
 PANEL = 16
 COLUMNS = 8
 GROUP = 32
+# The integer kernel sums 16 products of (code - offset) and an int8 in 16 bits.
+MAX_OFFSET_4BIT = 16
 
 
 class WeightKind(IntEnum):
@@ -87,24 +89,24 @@ def pack_low_bit(packed: PackedWeight) -> KernelWeight:
             f"{packed.bits}-bit weights in groups of {packed.group} over {k} columns have no CPU "
             f"kernel; supported: 4 or 8 bits, groups that are multiples of {GROUP} and divide K"
         )
-    if packed.bits == 8 and bool((packed.codes_NKp == -128).any()):
-        raise UnsupportedError("8-bit codes of -128 have no CPU kernel; supported: -127..127")
+    if packed.bits == 4 and not 0 <= packed.offset <= MAX_OFFSET_4BIT:
+        raise UnsupportedError(
+            f"4-bit weights with offset {packed.offset} have no CPU kernel; supported: offsets 0 to "
+            f"{MAX_OFFSET_4BIT}"
+        )
     panels, groups = -(-n // COLUMNS), k // GROUP
     repeat = packed.group // GROUP
-    parts = [_halves(packed.scale_NG, panels, repeat)]
-    if packed.zero_NG is not None:
-        parts.append(_halves(packed.zero_NG, panels, repeat))
+    halves = [packed.scale_NG, *([] if packed.zero_NG is None else [packed.zero_NG])]
+    header = len(halves) * COLUMNS * 2
     codes = _padded(packed.codes_NKp.view(torch.uint8), panels * COLUMNS)
-    if packed.bits == 8:
-        quads = codes.view(panels, COLUMNS, groups, 8, 4).permute(0, 2, 3, 1, 4)
-        parts.append(quads.reshape(panels, groups, 256))
-    else:
-        # Byte j holds columns 2j and 2j + 1: split the nibbles, then pair quad 2j with 2j + 1.
-        nibbles = torch.stack([codes & 15, codes >> 4], dim=-1)
-        quads = nibbles.view(panels, COLUMNS, groups, 4, 2, 4).permute(0, 2, 3, 4, 1, 5)
-        paired = quads[:, :, :, 0] | (quads[:, :, :, 1] << 4)
-        parts.append(paired.reshape(panels, groups, 128))
-    data = torch.cat(parts, dim=-1)
+    data = codes.new_empty((panels, groups, header + COLUMNS * GROUP * packed.bits // 8))
+    for i, values_NG in enumerate(halves):
+        data[..., 16 * i : 16 * (i + 1)] = _halves(values_NG, panels, repeat)
+    if packed.bits == 4:
+        first, second = codes.view(panels, COLUMNS, groups, 4, 2, 2).unbind(-2)
+        codes = torch.stack(_exchange(first, second), dim=-1)
+    lanes = codes.view(panels, COLUMNS, groups, packed.bits, 4).permute(0, 2, 3, 1, 4)
+    data[..., header:].view(panels, groups, packed.bits, COLUMNS, 4).copy_(lanes)
     kind = _LOW_BIT[packed.bits, packed.zero_NG is not None]
     return KernelWeight(kind, data, n, k, packed.group, packed.offset, packed.source_format)
 
@@ -120,15 +122,14 @@ def unpack(weight: KernelWeight) -> Tensor | PackedWeight:
     scale, *zero = (
         half.contiguous().view(torch.float16).transpose(1, 2).reshape(-1, groups) for half in halves
     )
-    codes = weight.data[..., 16 * (1 + has_zero) :]
+    codes = weight.data[..., 16 * (1 + has_zero) :].reshape(panels, groups, bits, COLUMNS, 4)
+    lanes = codes.permute(0, 3, 1, 2, 4)
     if bits == 8:
-        lanes = codes.reshape(panels, groups, 8, COLUMNS, 4).permute(0, 3, 1, 2, 4)
         plain = lanes.reshape(-1, weight.k)[: weight.n].contiguous().view(torch.int8)
     else:
-        paired = codes.reshape(panels, groups, 4, COLUMNS, 4)
-        quads = torch.stack([paired & 15, paired >> 4], dim=3)
-        nibbles = quads.permute(0, 4, 1, 2, 3, 5).reshape(-1, weight.k // 2, 2)
-        plain = (nibbles[..., 0] | (nibbles[..., 1] << 4))[: weight.n].contiguous()
+        even, odd = lanes.unflatten(-1, (2, 2)).unbind(-1)
+        paired = torch.stack(_exchange(even, odd), dim=-2)
+        plain = paired.reshape(-1, weight.k // 2)[: weight.n].contiguous()
     return PackedWeight(
         bits,
         weight.group,
@@ -138,6 +139,16 @@ def unpack(weight: KernelWeight) -> Tensor | PackedWeight:
         weight.offset,
         weight.source_format,
     )
+
+
+def _exchange(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(low nibbles, high nibbles) of a and b, a's in the low half of each byte. Its own inverse.
+
+    Bytes hold columns (2j, 2j + 1); in the kernels' layout a byte holds columns 4 apart. Of 8
+    columns a is the bytes with columns 0-3 and b those with 4-7: the results have columns 0|4, 2|6
+    and 1|5, 3|7.
+    """
+    return (a & 0x0F) | (b << 4), (a >> 4) | (b & 0xF0)
 
 
 def _padded(rows: Tensor, count: int) -> Tensor:

@@ -11,7 +11,7 @@ The rows of all requests lie on one axis (batch 1, T rows); `positions` replace 
 token axis; padding operands fall away, since a step has no padding. From the last attention on,
 only the L rows whose logits are wanted are computed.
 
-Precondition, proven op by op (`row_rules.py`): outside attention no op lets one token row see
+Precondition, proven op by op (`trace_rows.py`): outside attention no op lets one token row see
 another, and every attention is causal over the same rows. Otherwise the pass is refused with the
 op and its source line. Never touches weights or anything the proof did not cover.
 """
@@ -30,7 +30,8 @@ from graphopt.ir.graph import Graph, InputSpec, argument, graph_module, shape_of
 from graphopt.ir.shapes import SymbolicInputs
 from graphopt.ops import attention, kv_write, paged_attention
 from graphopt.passes.base import EXACT, Pass, Reject, Stage, Tier
-from graphopt.passes.cache.row_rules import Axis, RowsMixedError, padding_inputs, trace_rows
+from graphopt.passes.cache.row_rules import Axis, RowsMixedError
+from graphopt.passes.cache.trace_rows import padding_inputs, trace_rows
 from graphopt.passes.registry import register
 
 aten = torch.ops.aten

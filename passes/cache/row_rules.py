@@ -1,11 +1,11 @@
 """Which axis of each value enumerates token rows, and which ops keep rows apart.
 
-`trace_rows` walks a captured graph once and gives every node
+`trace_rows.py` gives every node
     an axis number   the value holds one slice per token row along that axis
     None             the value does not depend on the tokens
-or raises `RowsMixedError` at the first op that lets one row see another. Attention is the only op
-that may, and only when it is causal over the same rows. Batch items are independent requests, so
-the batch size counts as 1 throughout.
+A rule raises `RowsMixedError` when its op lets one row see another. Attention is the only op that
+may, and only when it is causal over the same rows. Batch items are independent requests, so the
+batch size counts as 1 throughout.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
-from graphopt.ir.graph import Graph, argument, op_name, shape_of, tensor_inputs
+from graphopt.ir.graph import argument, op_name, shape_of, tensor_inputs
 from graphopt.ops import (
     attention,
     embedding_wq,
@@ -75,7 +75,7 @@ def _rank(value: Any) -> int:
     return len(value.meta["val"].shape)
 
 
-def _pointwise(rows: Rows, node: fx.Node) -> Axis:
+def pointwise(rows: Rows, node: fx.Node) -> Axis:
     out_rank = _rank(node)
     found: int | None = None
     for operand in node.all_input_nodes:
@@ -279,7 +279,7 @@ def _reshape(rows: Rows, node: fx.Node) -> Axis:
     raise mixed(node, "folds the token axis into another axis")
 
 
-def _filled(rows: Rows, node: fx.Node) -> Axis:
+def filled(rows: Rows, node: fx.Node) -> Axis:
     """zeros/ones/full: constant along the token axis when they have one."""
     sizes = rows.sizes(node)
     places = [i for i, size in enumerate(sizes) if size == rows.sequence]
@@ -328,7 +328,7 @@ def _rope(rows: Rows, node: fx.Node) -> Axis:
     return axis
 
 
-_RULES: dict[object, Rule] = {
+RULES: dict[object, Rule] = {
     aten.linear.default: _linear,
     linear_wq.SPEC.overload: _linear,
     aten.addmm.default: _addmm,
@@ -359,21 +359,21 @@ _RULES: dict[object, Rule] = {
     aten.arange.default: _arange,
     aten.arange.start: _arange,
     aten.arange.start_step: _arange,
-    aten.zeros.default: _filled,
-    aten.ones.default: _filled,
-    aten.full.default: _filled,
+    aten.zeros.default: filled,
+    aten.ones.default: filled,
+    aten.full.default: filled,
     aten.layer_norm.default: _last_axes,
     aten.native_layer_norm.default: _last_axes,
     rms_norm.SPEC.overload: _last_axes,
-    aten.to.dtype: _pointwise,
-    aten.to.device: _pointwise,
-    aten.to.dtype_layout: _pointwise,
-    aten.to.other: _pointwise,
-    aten._to_copy.default: _pointwise,
-    aten.clone.default: _pointwise,
-    aten.dropout.default: _pointwise,
-    swiglu.SPEC.overload: _pointwise,
-    geglu.SPEC.overload: _pointwise,
+    aten.to.dtype: pointwise,
+    aten.to.device: pointwise,
+    aten.to.dtype_layout: pointwise,
+    aten.to.other: pointwise,
+    aten._to_copy.default: pointwise,
+    aten.clone.default: pointwise,
+    aten.dropout.default: pointwise,
+    swiglu.SPEC.overload: pointwise,
+    geglu.SPEC.overload: pointwise,
     attention.SPEC.overload: _attention,
     rope.SPEC.overload: _rope,
     aten.conv1d.default: _convolution,
@@ -394,95 +394,3 @@ _RULES: dict[object, Rule] = {
     aten.sort.default: _along_dim,
     aten.flip.default: _along_dim,
 }
-
-# Ops that take sizes: the sequence length may reach them as a number. Anywhere else it would be
-# arithmetic on how long the sequence is, which a token row must not depend on.
-_TAKES_SIZES = frozenset(
-    {
-        aten.reshape.default,
-        aten.view.default,
-        aten.expand.default,
-        aten.arange.default,
-        aten.arange.start,
-        aten.arange.start_step,
-        aten.zeros.default,
-        aten.ones.default,
-        aten.full.default,
-        aten.slice.Tensor,
-    }
-)
-
-
-def trace_rows(graph: Graph, tokens: fx.Node) -> dict[fx.Node, Axis]:
-    """Row axis of every node, `tokens` being `[batch, sequence]` ids.
-
-    Raises RowsMixedError naming the op in the way.
-    """
-    batch, sequence = (
-        size.node.expr if isinstance(size, torch.SymInt) else sympy.sympify(size)
-        for size in shape_of(tokens)
-    )
-    rows = Rows(sequence, batch if batch.free_symbols else None)
-    padding = padding_inputs(graph, tokens)
-    for node in graph.nodes:
-        if node is tokens:
-            rows.axis[node] = 1
-        elif node.op == "placeholder":
-            if node not in padding and node.users:
-                raise RowsMixedError(
-                    "extra-input", f"input %{node.name} is not the token ids", node
-                )
-        elif node.op == "call_function" and isinstance(node.meta["val"], (Tensor, list, tuple)):
-            rows.axis[node] = _trace_call(rows, node)
-    return rows.axis
-
-
-def _trace_call(rows: Rows, node: fx.Node) -> Axis:
-    if str(getattr(node.target, "__name__", "")) == "getitem":
-        return rows.of(node.args[0])
-    if node.target not in _TAKES_SIZES:
-        for operand in node.all_input_nodes:
-            value = operand.meta["val"]
-            if isinstance(value, torch.SymInt) and rows.sequence in rows.size(value).free_symbols:
-                raise mixed(node, "computes with the length of the sequence")
-    rule = _RULES.get(node.target)
-    if rule is not None:
-        return rule(rows, node)
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
-        return _pointwise(rows, node)
-    if all(rows.of(operand) is None for operand in node.all_input_nodes):
-        return _filled(rows, node) if isinstance(node.meta["val"], Tensor) else None
-    raise RowsMixedError(
-        "rows-unknown",
-        f"{op_name(node)} reads token rows and is not known to keep them apart",
-        node,
-    )
-
-
-def padding_inputs(graph: Graph, tokens: fx.Node) -> set[fx.Node]:
-    """Inputs whose only use is the padding operand of attention, directly or through a cast.
-
-    A serving step has no padding, so they fall away."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder" and node is not tokens and _only_pads(node):
-            found.add(node)
-    return found
-
-
-def _only_pads(node: fx.Node) -> bool:
-    for user in node.users:
-        if user.target is attention.SPEC.overload:
-            others = [argument(user, name) for name in ("q_BHSD", "k_BGTD", "v_BGTE", "mask")]
-            if node in others or argument(user, "sinks_H") is node:
-                return False
-        elif not isinstance(user.meta.get("val"), Tensor) and user.op == "call_function":
-            # Its size; the sizes of a serving step come from the tokens.
-            continue
-        elif op_name(user).startswith(("aten.to", "aten._to_copy", "aten.clone")):
-            if not _only_pads(user):
-                return False
-        else:
-            return False
-    return True

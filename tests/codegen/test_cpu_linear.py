@@ -9,50 +9,67 @@ import torch
 from native_plan import call
 from torch import Tensor
 
-from graphopt.codegen.cpu.abi import Op
+from graphopt.codegen.cpu import build
+from graphopt.codegen.cpu.abi import NativeLibrary, Op
 from graphopt.codegen.cpu.packing import KernelWeight, pack_dense, pack_low_bit, unpack
 from graphopt.errors import UnsupportedError
-from graphopt.ir.weights import PackedWeight
+from graphopt.ir.weights import PackedWeight, unpack_codes
 from graphopt.ops.linear_wq import quantize_activations
 
 SHAPES = [(1, 32), (7, 64), (17, 576), (192, 96), (130, 1536)]
 
 
-def random_packed(n: int, k: int, bits: int, zero: bool, group: int = 32) -> PackedWeight:
+def random_packed(
+    n: int, k: int, bits: int, zero: bool, group: int = 32, offset: int | None = None
+) -> PackedWeight:
     if bits == 4:
         codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
     else:
-        codes = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+        codes = torch.randint(-128, 128, (n, k), dtype=torch.int8)
     scale = (torch.rand(n, k // group) * 0.02 + 0.001).half()
     zeros = (torch.randn(n, k // group) * 0.1).half() if zero else None
-    return PackedWeight(bits, group, codes, scale, zeros, 8 if bits == 4 and not zero else 0, "")
+    if offset is None:
+        offset = 8 if bits == 4 and not zero else 0
+    return PackedWeight(bits, group, codes, scale, zeros, offset, "")
+
+
+def kernel_weight(kind: str, n: int, k: int) -> KernelWeight:
+    """"f32", "bf16", "f16", or bits with "z" for a zero point: random."""
+    dense = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+    if kind in dense:
+        return pack_dense(torch.randn(n, k).to(dense[kind]))
+    return pack_low_bit(random_packed(n, k, int(kind[0]), kind.endswith("z")))
 
 
 def run(
-    weight: KernelWeight, x_MK: Tensor, bias: Tensor | None, mode: int, threads: int = 2
+    weight: KernelWeight,
+    x_MK: Tensor,
+    bias: Tensor | None = None,
+    mode: int = 0,
+    threads: int = 2,
+    library: NativeLibrary | None = None,
 ) -> Tensor:
-    rows = x_MK.shape[0]
-    out = torch.full((rows, weight.n + 3), float("nan"), dtype=x_MK.dtype)
-    operands = [out, x_MK, weight.data, bias]
+    """x times the weight, written into NaN with a gap between the rows that must stay NaN."""
+    out = poisoned(x_MK.shape[0], weight.n, dtype=x_MK.dtype)
+    operands = [out, x_MK, weight.data.view(torch.uint8).flatten(), bias]
     strides = [[out.stride(0)], [x_MK.stride(0)], [], []]
     attrs = (weight.kind, mode, int(bias is not None), 0, weight.offset)
-    dims = (rows, weight.n, weight.k)
-    flat = weight.data.view(torch.uint8).flatten()
-    call(Op.OP_LINEAR, [out, x_MK, flat, bias], dims, strides, attrs, threads=threads)
-    del operands
-    assert out[:, weight.n :].isnan().all()
-    return out[:, : weight.n]
+    dims = (x_MK.shape[0], weight.n, weight.k)
+    call(Op.OP_LINEAR, operands, dims, strides, attrs, threads=threads, library=library)
+    assert_gap_untouched(out)
+    return out
 
 
 def close(actual: Tensor, expected: Tensor, k: int) -> None:
-    tolerance = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[actual.dtype]
+    """Within the rounding of sums of k terms, relative to the largest value."""
+    tolerance = {torch.float32: 5e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4}[actual.dtype]
     size = expected.abs().max().clamp_min(1e-3)
     error = (actual.double() - expected).abs().max() / size
     assert error < tolerance * max(1.0, math.sqrt(k) / 8), error
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 9, 33, 130])
-@pytest.mark.parametrize(("n", "k"), [*SHAPES, (5, 33)])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 7, 9, 33, 250])
+@pytest.mark.parametrize(("n", "k"), [*SHAPES, (5, 33), (33, 300)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dense(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
     w, x = torch.randn(n, k).to(dtype), torch.randn(rows, k + 2).to(dtype)[:, :k]
@@ -61,11 +78,11 @@ def test_dense(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
     close(actual, x.double() @ w.double().t() + bias.double(), k)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 37])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 8, 37, 250])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zero", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_bit_float(
     rows: int, n: int, k: int, bits: int, zero: bool, dtype: torch.dtype
 ) -> None:
@@ -74,39 +91,134 @@ def test_low_bit_float(
     close(actual, x.double() @ packed.dequantize(torch.float64).t(), k)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 4, 6, 37, 300])
+def int8_definition(x_MK: Tensor, packed: PackedWeight) -> Tensor:
+    """The integer path in float64 from its own parts: inner products of the codes, exactly."""
+    m, (n, k) = x_MK.shape[0], packed.shape
+    x_codes, x_scale = quantize_activations(x_MK)
+    w_codes = unpack_codes(packed.codes_NKp, packed.bits).double().view(n, -1, 32) - packed.offset
+    repeat = packed.group // 32
+    scale = packed.scale_NG.double().repeat_interleave(repeat, 1)
+    dot_MNG = torch.einsum("mgk,ngk->mng", x_codes.double(), w_codes)
+    y_MN = torch.einsum("mng,ng,mg->mn", dot_MNG, scale, x_scale.double().view(m, k // 32))
+    if packed.zero_NG is not None:
+        zero = packed.zero_NG.double().repeat_interleave(repeat, 1)
+        sums_MG = (x_codes.double() * x_scale.double()).sum(-1)
+        y_MN = y_MN + sums_MG @ zero.t()
+    return y_MN
+
+
+def close_to_definition(actual: Tensor, expected: Tensor) -> None:
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[actual.dtype]
+    error = (actual.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-3)
+    assert error < tolerance, error
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 6, 37, 300])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_bit_int8_is_its_definition(
-    rows: int, n: int, k: int, bits: int, zero: bool
+    rows: int, n: int, k: int, bits: int, zero: bool, dtype: torch.dtype
 ) -> None:
-    packed, x = random_packed(n, k, bits, zero), torch.randn(rows, k) * 3
+    packed, x = random_packed(n, k, bits, zero), (torch.randn(rows, k) * 3).to(dtype)
     x[0, :32] = 0.0
+    bias = torch.randn(n).to(dtype)
+    actual = run(pack_low_bit(packed), x, bias, INT8)
+    close_to_definition(actual, int8_definition(x, packed) + bias.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_activations_are_rounded_as_the_reference_does(rows: int, dtype: torch.dtype) -> None:
+    """Times the identity, the outputs are code * scale: every bit of both is seen."""
+    k = 96
+    x = (torch.randn(rows, k) * torch.logspace(-6, 3, k)).to(dtype)
+    x[0, :64] = torch.cat([torch.arange(-63.5, 64.5, 4), torch.full((32,), 3e-31)]).to(dtype)
+    x[0, 0] = 127.0  # a scale of exactly 1: all of -59.5, -55.5, ... are ties
+    one = torch.ones(k, k // 32, dtype=torch.float16)
+    identity = PackedWeight(8, 32, torch.eye(k, dtype=torch.int8), one, None, 0, "")
     codes, scale = quantize_activations(x)
-    exact = (codes.double() * scale.double()).flatten(-2)
-    bias = torch.randn(n)
-    actual = run(pack_low_bit(packed), x, bias, 1)
-    close(actual, exact @ packed.dequantize(torch.float64).t() + bias.double(), k)
+    actual = run(pack_low_bit(identity), x, None, INT8)
+    assert torch.equal(actual, (codes * scale).flatten(-2).to(dtype))
 
 
-@pytest.mark.parametrize("mode", [0, 1])
-@pytest.mark.parametrize("kind", ["f32", "bf16", "4", "4z", "8"])
-def test_a_row_does_not_depend_on_the_batch(kind: str, mode: int) -> None:
-    n, k = 200, 1536
-    if kind in ("f32", "bf16"):
-        if mode == 1:
-            pytest.skip("dense weights have no int8 mode")
-        dtype = torch.float32 if kind == "f32" else torch.bfloat16
-        weight = pack_dense(torch.randn(n, k).to(dtype))
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("bits", "offset"), [(4, 0), (4, 3), (4, 8), (4, 16), (8, 0), (8, 100)])
+@pytest.mark.parametrize("zero", [False, True])
+def test_extreme_codes_and_offsets_do_not_overflow(
+    bits: int, offset: int, zero: bool, mode: int
+) -> None:
+    n, k = 24, 64
+    packed = random_packed(n, k, bits, zero, offset=offset)
+    packed.codes_NKp[:8] = 0 if bits == 4 else -128
+    packed.codes_NKp[8:16] = 255 if bits == 4 else 127
+    x = torch.full((6, k), 5.0)
+    x[1], x[2, ::2], x[3, 1::2] = -5.0, -5.0, -5.0
+    x[5] = torch.randn(k)
+    actual = run(pack_low_bit(packed), x, None, mode)
+    if mode == INT8:
+        close_to_definition(actual, int8_definition(x, packed))
     else:
-        weight = pack_low_bit(random_packed(n, k, int(kind[0]), kind.endswith("z")))
-    x = torch.randn(70, k)
-    whole = run(weight, x, None, mode)
-    for rows in (1, 2, 3, 4, 5, 7, 8, 9, 31):
-        for threads in (1, 2, 3):
-            assert torch.equal(run(weight, x[:rows], None, mode, threads), whole[:rows])
-    assert torch.equal(run(weight, x[41:42], None, mode), whole[41:42])
+        close(actual, x.double() @ packed.dequantize(torch.float64).t(), k)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["f32", "bf16", "f16", "4", "4z", "8", "8z"])
+def test_a_row_does_not_depend_on_the_batch(kind: str, mode: int) -> None:
+    if mode == INT8 and not kind[0].isdigit():
+        pytest.skip("dense weights have no int8 mode")
+    for n, k in [(200, 1536), (43, 96), (192, 576)]:
+        weight, x = kernel_weight(kind, n, k), torch.randn(400, k)
+        whole = run(weight, x, None, mode)
+        for rows in (*range(1, 14), 31, 64, 193):
+            for threads in (1, 2, 3):
+                assert torch.equal(run(weight, x[:rows], None, mode, threads), whole[:rows])
+        for row in (41, 192, 399):
+            assert torch.equal(run(weight, x[row : row + 1], None, mode), whole[row : row + 1])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("rows", [3, 9])
+@pytest.mark.parametrize(("kind", "mode"), [("f32", 0), ("4z", 0), ("4", 1), ("4z", 1), ("8", 1)])
+def test_a_value_that_is_not_finite_spoils_its_row_only(
+    kind: str, mode: int, rows: int, bad: float
+) -> None:
+    weight, x = kernel_weight(kind, 20, 96), torch.randn(rows, 96)
+    good = run(weight, x, None, mode)
+    x[1, 40] = bad
+    actual = run(weight, x, None, mode)
+    others = torch.arange(rows) != 1
+    assert torch.equal(actual[others], good[others])
+    assert not actual[1].isfinite().any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_rows(mode: int) -> None:
+    assert run(kernel_weight("4", 20, 96), torch.empty(0, 96), None, mode).shape == (0, 20)
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> NativeLibrary:
+    """The kernels as a machine without AVX2, FMA and F16C gets them."""
+    with pytest.MonkeyPatch.context() as patch:
+        flags = [flag for flag in build.FLAGS if flag != "-march=native"]
+        patch.setattr(build, "FLAGS", tuple(flags))
+        return NativeLibrary(build.build_library(tmp_path_factory.mktemp("portable")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 3, 37])
+@pytest.mark.parametrize("kind", ["f32", "bf16", "f16", "4", "4z", "8", "8z"])
+def test_other_processors_compute_the_same(
+    kind: str, rows: int, portable: NativeLibrary
+) -> None:
+    weight, x = kernel_weight(kind, 43, 96), torch.randn(rows, 96)
+    for mode in MODES if kind[0].isdigit() else (0,):
+        expected = run(weight, x, None, mode)
+        close(run(weight, x, None, mode, library=portable), expected.double(), 96)
+        single = run(weight, x[:1], None, mode, library=portable)
+        assert torch.equal(single, run(weight, x, None, mode, library=portable)[:1])
 
 
 def test_dense_weights_refuse_int8_activations() -> None:
@@ -169,7 +281,8 @@ def test_unsupported_layouts_are_named() -> None:
         pack_dense(torch.randn(8, 32, dtype=torch.float64))
     with pytest.raises(UnsupportedError, match="groups of 16"):
         pack_low_bit(random_packed(8, 64, 4, False, 16))
-    bad = random_packed(8, 64, 8, False)
-    bad.codes_NKp[3, 3] = -128
-    with pytest.raises(UnsupportedError, match="-128"):
-        pack_low_bit(bad)
+    with pytest.raises(UnsupportedError, match="over 48 columns"):
+        pack_low_bit(random_packed(8, 48, 4, False, 16))
+    for offset in (-1, 17):
+        with pytest.raises(UnsupportedError, match=f"offset {offset} .* 0 to 16"):
+            pack_low_bit(random_packed(8, 64, 4, False, offset=offset))

@@ -174,9 +174,7 @@ def test_top_k_among_equal_logits_keeps_exactly_k() -> None:
 def test_top_p_keeps_the_smallest_set_that_reaches_p() -> None:
     logits_V = torch.tensor([0.1, 0.4, 0.3, 0.2]).double().log()
     for top_p, kept in ((0.39, {1}), (0.41, {1, 2}), (0.71, {1, 2, 3}), (0.95, {0, 1, 2, 3})):
-        rows = [
-            SamplingRow(SamplingParams(temperature=1.0, top_p=top_p), n, 0) for n in range(500)
-        ]
+        rows = [SamplingRow(SamplingParams(temperature=1.0, top_p=top_p), n, 0) for n in range(500)]
         assert set(sample(logits_V.expand(500, -1), rows)) == kept
 
 
@@ -218,5 +216,7 @@ def test_nothing_but_minus_infinity_raises() -> None:
 def test_logits_are_not_changed() -> None:
     logits_LV = torch.randn(4, 30)
     before = logits_LV.clone()
-    sample(logits_LV, [SamplingRow(SamplingParams(temperature=1.0, top_k=3), n, 0) for n in range(4)])
+    sample(
+        logits_LV, [SamplingRow(SamplingParams(temperature=1.0, top_k=3), n, 0) for n in range(4)]
+    )
     assert torch.equal(logits_LV, before)

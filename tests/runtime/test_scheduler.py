@@ -111,7 +111,9 @@ def test_admission_waits_for_blocks_of_the_whole_prompt_and_nobody_overtakes() -
 def test_request_that_never_fits_is_refused_and_others_go_on() -> None:
     s = scheduler(blocks=5, size=4)
     s.submit(request(0))
-    with pytest.raises(CapacityError, match="need room for 21 tokens, the KV cache has room for 20"):
+    with pytest.raises(
+        CapacityError, match="need room for 21 tokens, the KV cache has room for 20"
+    ):
         s.submit(request(1, prompt=18, max_tokens=4))
     # The last sampled token is never written, so this one just fits.
     s.submit(request(2, prompt=17, max_tokens=4))

@@ -1,0 +1,133 @@
+"""Streams: text as it becomes certain, stop texts, several at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from paged_fake import ByteTokenizer, FakeExecutable, ScriptedExecutable, greedy
+
+from graphopt.errors import RequestError
+from graphopt.runtime import Engine, SamplingParams, TokenEvent
+
+END = 256
+
+
+def scripted(text: str, prompt: str = "ask", end: bool = True) -> Engine:
+    script = [*text.encode(), *([END] if end else []), *b"never seen"]
+    return Engine(ScriptedExecutable(script, len(prompt)), ByteTokenizer(), (END,))
+
+
+def texts(events: list[TokenEvent]) -> list[str]:
+    assert [e.finish_reason is not None for e in events] == [False] * (len(events) - 1) + [True]
+    return [e.text or "" for e in events]
+
+
+def test_multibyte_text_arrives_in_whole_characters() -> None:
+    text = "aé漢👩b"
+    events = list(scripted(text).stream("ask"))
+    assert texts(events) == [
+        piece for c in text for piece in [""] * (len(c.encode()) - 1) + [c]
+    ] + [""]
+    assert [e.token for e in events] == [*text.encode(), END]
+    assert events[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("max_tokens", range(1, 12))
+def test_stream_equals_generate_wherever_it_is_cut(max_tokens: int) -> None:
+    params = SamplingParams(max_tokens=max_tokens)
+    events = list(scripted("aé漢👩b").stream("ask", params))
+    (done,) = scripted("aé漢👩b").generate(["ask"], params)
+    assert "".join(texts(events)) == done.text
+    assert done.text == bytes(done.tokens).decode(errors="replace")
+    assert done.finish_reason == events[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "result", "tokens"),
+    [
+        ("one STOP two", "STOP", "one ", 8),
+        ("é漢 end", "漢 e", "é", 7),
+        ("STOP", "STOP", "", 4),
+        ("ends in STO", "STOP", "ends in STO", 12),
+    ],
+)
+def test_stop_text(text: str, stop: str, result: str, tokens: int) -> None:
+    engine = scripted(text)
+    params = SamplingParams(stop=(stop,), max_tokens=50)
+    (done,) = engine.generate(["ask"], params)
+    assert (done.text, len(done.tokens), done.finish_reason) == (result, tokens, "stop")
+    events = list(scripted(text).stream("ask", params))
+    assert "".join(texts(events)) == result
+    assert engine.stats.blocks_used == 0
+    assert not engine.has_work
+
+
+def test_stop_text_in_the_last_allowed_token_counts_as_stop() -> None:
+    engine = scripted("ab STOP")
+    (done,) = engine.generate(["ask"], SamplingParams(stop=("STOP",), max_tokens=7))
+    assert (done.text, done.finish_reason) == ("ab ", "stop")
+
+
+def test_held_back_text_is_given_at_the_end() -> None:
+    params = SamplingParams(stop=("STOP",), max_tokens=5)
+    events = list(scripted("ab STxx", end=False).stream("ask", params))
+    assert texts(events) == ["a", "b", " ", "", "ST"]
+
+
+def test_cancel_gives_the_held_back_text() -> None:
+    engine = scripted("ab STxx")
+    request_id = engine.submit("ask", SamplingParams(stop=("STOP",)))
+    for _ in range(5):
+        engine.step()
+    event = engine.cancel(request_id)
+    assert (event.text, event.finish_reason) == ("ST", "cancelled")
+
+
+def test_end_token_is_no_text_even_if_it_has_one() -> None:
+    engine = Engine(ScriptedExecutable(list(b"abc"), 3), ByteTokenizer(), (ord("c"),))
+    (done,) = engine.generate(["ask"])
+    assert (done.text, done.tokens) == ("ab", tuple(b"abc"))
+
+
+def test_several_streams_and_a_batch_at_once() -> None:
+    engine = Engine(FakeExecutable())
+    params = SamplingParams(max_tokens=9)
+    asked = [[1, 2, 3], [4], [5, 6]]
+    streams = [engine.stream(prompt, params) for prompt in asked]
+    got: list[list[Any]] = [[], [], []]
+    for turn in range(9):
+        for index in (0, 1, 2) if turn % 2 else (2, 0, 1):
+            got[index].append(next(streams[index]).token)
+        if turn == 4:
+            (done,) = engine.generate([[7, 8]], params)
+            assert list(done.tokens) == greedy([7, 8], 9)
+    for prompt, stream, tokens in zip(asked, streams, got, strict=True):
+        assert next(stream, None) is None
+        assert tokens == greedy(prompt, 9)
+
+
+def test_closing_a_stream_cancels_it() -> None:
+    engine = Engine(FakeExecutable())
+    stream = engine.stream([1, 2])
+    next(stream)
+    assert engine.stats.blocks_used > 0
+    stream.close()  # type: ignore[attr-defined]
+    assert not engine.has_work
+    assert engine.stats.blocks_used == 0
+
+
+def test_a_stream_cancelled_from_outside_ends_with_that_event() -> None:
+    engine = Engine(FakeExecutable())
+    stream = engine.stream([1, 2])
+    first = next(stream)
+    engine.cancel(first.request_id)
+    assert [e.finish_reason for e in stream] == ["cancelled"]
+
+
+def test_prompt_text_is_encoded_and_an_empty_one_refused() -> None:
+    engine = scripted("x")
+    (done,) = engine.generate(["ask"])
+    assert done.prompt_tokens == tuple(b"ask")
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        engine.submit("")
