@@ -82,10 +82,8 @@ def _draw(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
         # The most likely token has weight 1.
         weights_RV *= weights_RV >= _column([row.params.min_p for row in rows])
     cumulative_RV = weights_RV.cumsum(-1)
-    total_R1 = cumulative_RV[:, -1:]
-    points_R1 = _column([uniform(row.seed, row.position) for row in rows]) * total_R1
-    # Below the total, whatever the product was rounded to: then some token always exceeds it.
-    points_R1 = torch.minimum(points_R1, torch.nextafter(total_R1, torch.zeros_like(total_R1)))
+    # At most 1 - 2^-53 times the total, which rounds to less than the total: some token exceeds it.
+    points_R1 = _column([uniform(row.seed, row.position) for row in rows]) * cumulative_RV[:, -1:]
     chosen: list[int] = torch.searchsorted(cumulative_RV, points_R1, right=True)[:, 0].tolist()
     return chosen
 
@@ -116,7 +114,7 @@ def _keep_most_likely(logits_RV: Tensor, weights_RV: Tensor, rows: Sequence[Samp
     ranked_PV = torch.from_numpy(-np.sort(-logits_PV.numpy()))
     cumulative_PV = _weights(ranked_PV, part).cumsum(-1)
     needed_P1 = top_p_P1 * cumulative_PV.gather(-1, top_k_P1 - 1)
-    reached_P1 = (cumulative_PV <= needed_P1).sum(-1, keepdim=True) + 1
+    reached_P1 = (cumulative_PV < needed_P1).sum(-1, keepdim=True) + 1
     counts_P1 = torch.where(top_p_P1 < 1.0, torch.minimum(reached_P1, top_k_P1), top_k_P1)
     lowest_P1 = ranked_PV.gather(-1, counts_P1 - 1)
     above_PV, equal_PV = logits_PV > lowest_P1, logits_PV == lowest_P1

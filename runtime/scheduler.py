@@ -11,8 +11,8 @@ another's prompt, and the oldest always advances.
 
 When blocks run out, the youngest running request gives all of its blocks back and returns to the
 front of the queue; its tokens are kept and computed again (recompute, vLLM arXiv 2309.06180,
-section 4.5). When it is the youngest itself that needs one, it pauses. No request is admitted in a
-step that preempted one.
+section 4.5). It needs more than is then free, so it stays there until somebody finishes. When it is
+the youngest itself that needs a block, it pauses.
 """
 
 from __future__ import annotations
@@ -124,7 +124,6 @@ class Scheduler:
         """The next step; without rows when there is nothing to do. Replaces an open plan."""
         budget = self.max_tokens_per_step
         planned: list[tuple[Request, int]] = []
-        preemptions = self.preemptions
         for request in tuple(self.running):
             # An older request may have preempted it since the loop began.
             if request.status is Status.RUNNING:
@@ -132,8 +131,7 @@ class Scheduler:
                 if self._make_room(request, count):
                     planned.append((request, count))
                     budget -= count
-        if self.preemptions == preemptions:
-            planned += self._admit(budget)
+        planned += self._admit(budget)
         self._plans += 1
         plan = StepPlan(self._plans, tuple(_rows(request, count) for request, count in planned))
         self._open = plan, [request for request, _ in planned]

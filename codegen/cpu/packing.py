@@ -91,8 +91,8 @@ def pack_low_bit(packed: PackedWeight) -> KernelWeight:
         )
     if packed.bits == 4 and not 0 <= packed.offset <= MAX_OFFSET_4BIT:
         raise UnsupportedError(
-            f"4-bit weights with offset {packed.offset} have no CPU kernel; supported: offsets 0 to "
-            f"{MAX_OFFSET_4BIT}"
+            f"4-bit weights with offset {packed.offset} have no CPU kernel; supported: offsets "
+            f"0 to {MAX_OFFSET_4BIT}"
         )
     panels, groups = -(-n // COLUMNS), k // GROUP
     repeat = packed.group // GROUP

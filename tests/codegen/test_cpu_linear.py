@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 
 import pytest
 import torch
-from native_plan import call
+from native_plan import assert_gap_untouched, call, instruction, poisoned
 from torch import Tensor
 
 from graphopt.codegen.cpu import build
-from graphopt.codegen.cpu.abi import NativeLibrary, Op
+from graphopt.codegen.cpu.abi import Instr, NativeLibrary, Op, Sym
 from graphopt.codegen.cpu.packing import KernelWeight, pack_dense, pack_low_bit, unpack
-from graphopt.errors import UnsupportedError
+from graphopt.errors import BackendError, UnsupportedError
 from graphopt.ir.weights import PackedWeight, unpack_codes
 from graphopt.ops.linear_wq import quantize_activations
 
+INT8 = 1
+MODES = (0, INT8)
 SHAPES = [(1, 32), (7, 64), (17, 576), (192, 96), (130, 1536)]
 
 
@@ -34,7 +37,7 @@ def random_packed(
 
 
 def kernel_weight(kind: str, n: int, k: int) -> KernelWeight:
-    """"f32", "bf16", "f16", or bits with "z" for a zero point: random."""
+    """ "f32", "bf16", "f16", or bits with "z" for a zero point: random."""
     dense = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
     if kind in dense:
         return pack_dense(torch.randn(n, k).to(dense[kind]))
@@ -55,15 +58,19 @@ def run(
     strides = [[out.stride(0)], [x_MK.stride(0)], [], []]
     attrs = (weight.kind, mode, int(bias is not None), 0, weight.offset)
     dims = (x_MK.shape[0], weight.n, weight.k)
-    call(Op.OP_LINEAR, operands, dims, strides, attrs, threads=threads, library=library)
+    instr, bases = instruction(Op.OP_LINEAR, operands, dims, strides, attrs)
+    addresses = (ctypes.c_void_p * len(bases))(*bases)
+    syms = (ctypes.c_int64 * Sym.SYM_COUNT)(1)
+    (library or build.load_library()).run((Instr * 1)(instr), addresses, syms, threads)
     assert_gap_untouched(out)
     return out
 
 
 def close(actual: Tensor, expected: Tensor, k: int) -> None:
-    """Within the rounding of sums of k terms, relative to the largest value."""
+    """Within the rounding of sums of k terms, relative to the largest value (or what a sum of
+    k random terms amounts to, when few outputs happen to cancel)."""
     tolerance = {torch.float32: 5e-7, torch.bfloat16: 4e-3, torch.float16: 5e-4}[actual.dtype]
-    size = expected.abs().max().clamp_min(1e-3)
+    size = expected.abs().max().clamp_min(0.05 * math.sqrt(k))
     error = (actual.double() - expected).abs().max() / size
     assert error < tolerance * max(1.0, math.sqrt(k) / 8), error
 
@@ -74,7 +81,7 @@ def close(actual: Tensor, expected: Tensor, k: int) -> None:
 def test_dense(rows: int, n: int, k: int, dtype: torch.dtype) -> None:
     w, x = torch.randn(n, k).to(dtype), torch.randn(rows, k + 2).to(dtype)[:, :k]
     bias = torch.randn(n).to(dtype)
-    actual = run(pack_dense(w), x, bias, 0)
+    actual = run(pack_dense(w), x, bias)
     close(actual, x.double() @ w.double().t() + bias.double(), k)
 
 
@@ -87,7 +94,7 @@ def test_low_bit_float(
     rows: int, n: int, k: int, bits: int, zero: bool, dtype: torch.dtype
 ) -> None:
     packed, x = random_packed(n, k, bits, zero), torch.randn(rows, k).to(dtype)
-    actual = run(pack_low_bit(packed), x, None, 0)
+    actual = run(pack_low_bit(packed), x)
     close(actual, x.double() @ packed.dequantize(torch.float64).t(), k)
 
 
@@ -109,7 +116,7 @@ def int8_definition(x_MK: Tensor, packed: PackedWeight) -> Tensor:
 
 def close_to_definition(actual: Tensor, expected: Tensor) -> None:
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}[actual.dtype]
-    error = (actual.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-3)
+    error = (actual.double() - expected).abs().max() / expected.abs().max().clamp_min(0.3)
     assert error < tolerance, error
 
 
@@ -159,8 +166,10 @@ def test_extreme_codes_and_offsets_do_not_overflow(
     actual = run(pack_low_bit(packed), x, None, mode)
     if mode == INT8:
         close_to_definition(actual, int8_definition(x, packed))
-    else:
-        close(actual, x.double() @ packed.dequantize(torch.float64).t(), k)
+    else:  # sums of equal signs round the same way: the a-priori bound of k + 2 roundings
+        weight = packed.dequantize(torch.float64)
+        bound = (k + 2) * 2.0**-24 * (x.double().abs() @ weight.abs().t())
+        assert ((actual.double() - x.double() @ weight.t()).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -202,17 +211,15 @@ def test_no_rows(mode: int) -> None:
 def portable(tmp_path_factory: pytest.TempPathFactory) -> NativeLibrary:
     """The kernels as a machine without AVX2, FMA and F16C gets them."""
     with pytest.MonkeyPatch.context() as patch:
-        flags = [flag for flag in build.FLAGS if flag != "-march=native"]
-        patch.setattr(build, "FLAGS", tuple(flags))
+        kept = [flag for flag in build.FLAGS if flag not in ("-march=native", "-O3")]
+        patch.setattr(build, "FLAGS", ("-O1", *kept))
         return NativeLibrary(build.build_library(tmp_path_factory.mktemp("portable")))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3, 37])
 @pytest.mark.parametrize("kind", ["f32", "bf16", "f16", "4", "4z", "8", "8z"])
-def test_other_processors_compute_the_same(
-    kind: str, rows: int, portable: NativeLibrary
-) -> None:
+def test_other_processors_compute_the_same(kind: str, rows: int, portable: NativeLibrary) -> None:
     weight, x = kernel_weight(kind, 43, 96), torch.randn(rows, 96)
     for mode in MODES if kind[0].isdigit() else (0,):
         expected = run(weight, x, None, mode)
@@ -223,15 +230,15 @@ def test_other_processors_compute_the_same(
 
 def test_dense_weights_refuse_int8_activations() -> None:
     weight = pack_dense(torch.randn(8, 32))
-    with pytest.raises(Exception, match="OP_LINEAR"):
-        run(weight, torch.randn(1, 32), None, 1)
+    with pytest.raises(BackendError, match="OP_LINEAR"):
+        run(weight, torch.randn(1, 32), None, INT8)
 
 
 @pytest.mark.parametrize("group", [32, 64, 96])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_groups_of_several_blocks(bits: int, group: int) -> None:
     packed, x = random_packed(20, 192, bits, True, group), torch.randn(3, 192)
-    actual = run(pack_low_bit(packed), x, None, 0)
+    actual = run(pack_low_bit(packed), x)
     close(actual, x.double() @ packed.dequantize(torch.float64).t(), 192)
 
 
@@ -257,9 +264,10 @@ def test_unpacking_dense(n: int) -> None:
     assert torch.equal(unpack(pack_dense(weight)), weight)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [1.0, 24.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["dense", "4", "4z", "8", "8z"])
-def test_embedding(kind: str, dtype: torch.dtype) -> None:
+def test_embedding(kind: str, dtype: torch.dtype, factor: float) -> None:
     n, k = 41, 96
     if kind == "dense":
         table = torch.randn(n, k).to(dtype)
@@ -268,12 +276,16 @@ def test_embedding(kind: str, dtype: torch.dtype) -> None:
     else:
         packed = random_packed(n, k, int(kind[0]), kind.endswith("z"))
         weight, expected_table = pack_low_bit(packed), packed.dequantize(torch.float64)
-    ids = torch.randint(0, n, (23,))
-    out = torch.full((23, k), float("nan"), dtype=dtype)
+    ids = torch.cat([torch.tensor([0, n - 1]), torch.randint(0, n, (21,))])
+    out = poisoned(23, k, dtype=dtype)
     flat = weight.data.view(torch.uint8).flatten()
-    attrs = (weight.kind, n, 0, 0, weight.offset)
-    call(Op.OP_EMBED, [out, ids, flat], (23, k), [[k], [1], []], attrs, (1.0,))
-    close(out, expected_table[ids], 1)
+    attrs, strides = (weight.kind, n, 0, 0, weight.offset), [[out.stride(0)], [1], []]
+    call(Op.OP_EMBED, [out, ids, flat], (23, k), strides, attrs, (factor,))
+    assert_gap_untouched(out)
+    close(out, expected_table[ids] * factor, 1)
+    ids[5] = n
+    with pytest.raises(BackendError, match="OP_EMBED"):
+        call(Op.OP_EMBED, [out, ids, flat], (23, k), strides, attrs, (factor,))
 
 
 def test_unsupported_layouts_are_named() -> None:
@@ -282,7 +294,7 @@ def test_unsupported_layouts_are_named() -> None:
     with pytest.raises(UnsupportedError, match="groups of 16"):
         pack_low_bit(random_packed(8, 64, 4, False, 16))
     with pytest.raises(UnsupportedError, match="over 48 columns"):
-        pack_low_bit(random_packed(8, 48, 4, False, 16))
+        pack_low_bit(random_packed(8, 48, 4, False))
     for offset in (-1, 17):
         with pytest.raises(UnsupportedError, match=f"offset {offset} .* 0 to 16"):
             pack_low_bit(random_packed(8, 64, 4, False, offset=offset))

@@ -19,6 +19,10 @@ POISON = -7
 VOCABULARY = 97
 
 
+class StepError(Exception):
+    """The executable failed half way, after writing to the cache."""
+
+
 @dataclass
 class FakeCache:
     """Positions and tokens per slot, POISON where nothing was written."""
@@ -94,7 +98,7 @@ class FakeExecutable:
         cache.positions[slots.numpy()] = positions.numpy()
         cache.tokens[slots.numpy()] = tokens.numpy()
         if call in self.fail_at:
-            raise RuntimeError(f"step {call} broke")
+            raise StepError(f"step {call} broke")
         contexts: dict[int, list[int]] = {}
         for request in range(requests):
             first, last = query_start[request : request + 2].tolist()

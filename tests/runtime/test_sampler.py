@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from graphopt.errors import BackendError
+from graphopt.runtime import sampler
 from graphopt.runtime.request import SamplingParams
 from graphopt.runtime.sampler import NonFiniteLogitsError, SamplingRow, sample, uniform
 
@@ -176,6 +177,21 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p() -> None:
     for top_p, kept in ((0.39, {1}), (0.41, {1, 2}), (0.71, {1, 2, 3}), (0.95, {0, 1, 2, 3})):
         rows = [SamplingRow(SamplingParams(temperature=1.0, top_p=top_p), n, 0) for n in range(500)]
         assert set(sample(logits_V.expand(500, -1), rows)) == kept
+
+
+def test_top_p_reached_exactly_needs_no_further_token() -> None:
+    rows = [SamplingRow(SamplingParams(temperature=1.0, top_p=0.5), n, 0) for n in range(500)]
+    assert set(sample(torch.zeros(4).expand(500, -1), rows)) == {0, 1}
+
+
+@pytest.mark.parametrize("edge", [0.0, 1 - 2.0**-53])
+def test_the_ends_of_the_unit_interval(edge: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampler, "uniform", lambda seed, position: edge)
+    for _ in range(50):
+        logits_RV = torch.randn(20, 300) * 3
+        logits_RV[:, [0, -1]] = -math.inf
+        tokens = sample(logits_RV, [SamplingRow(SamplingParams(temperature=1.0), 0, 0)] * 20)
+        assert set(tokens) == {1 if edge == 0.0 else 298}
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e300])

@@ -55,7 +55,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def step(self, data: st.DataObject) -> None:
+        before = {r.request_id: r.preemptions for r in self.everyone}
         plan = self.scheduler.schedule()
+        for rows in plan.rows:
+            # Whoever lost its blocks does not get others in the same step.
+            assert before[rows.request_id] == self.everyone[rows.request_id].preemptions
         self.check_plan(plan)
         self.write(plan)
         sampled = {r.request_id: data.draw(st.integers(0, END)) for r in plan.rows if r.sample}

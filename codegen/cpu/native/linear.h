@@ -41,7 +41,7 @@ struct Codes {
 // from memory for each of them, or reassociate integer sums into trees that need more registers
 // than there are: both halve the speed of the loops below.
 template <class Vector>
-GO_INLINE void pin(Vector& v) {
+GO_INLINE void pin([[maybe_unused]] Vector& v) {
 #if defined(__AVX2__)
   __asm__("" : "+x"(v));
 #endif
