@@ -1,9 +1,9 @@
 """Choosing tokens from logits, each request by its own settings.
 
 Randomness is keyed by (seed, position): one uniform number from a counter-based generator, then
-the inverse of the cumulative distribution over the vocabulary, in float64. Everything is computed
-row by row in a fixed order, so the same request gives the same tokens whatever it is batched with,
-however its prompt is chunked, and after a preemption.
+the inverse of the cumulative distribution in float64, over the tokens by id, or by rank where top-k
+or top-p rank them. Each row is computed by itself, so the same request gives the same tokens
+whatever it is batched with, however its prompt is chunked, and after a preemption.
 
 top-k, top-p and min-p apply in this order, each to what the one before kept. Equal logits rank by
 token id, so `top_k=1` is greedy.
@@ -65,63 +65,43 @@ def sample(logits_LV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     if wrong:
         raise NonFiniteLogitsError(wrong)
     tokens: list[int] = best_L.tolist()
-    drawn = [index for index, row in enumerate(rows) if row.params.temperature > 0.0]
-    if drawn:
-        # float32 holds every smaller type; numpy has no bfloat16.
-        dtype = torch.promote_types(logits_LV.dtype, torch.float32)
-        chosen = _draw(logits_LV[drawn].cpu().to(dtype), [rows[index] for index in drawn])
-        for index, token in zip(drawn, chosen, strict=True):
-            tokens[index] = token
+    # float32 holds every smaller type; numpy has no bfloat16.
+    dtype = torch.promote_types(logits_LV.dtype, torch.float32)
+    for index, row in enumerate(rows):
+        if row.params.temperature > 0.0:
+            tokens[index] = _draw(logits_LV[index].cpu().to(dtype), row)
     return tokens
 
 
-def _draw(logits_RV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
-    weights_RV = _weights(logits_RV, rows)
-    _keep_most_likely(logits_RV, weights_RV, rows)
-    if any(row.params.min_p for row in rows):
-        # The most likely token has weight 1.
-        weights_RV *= weights_RV >= _column([row.params.min_p for row in rows])
-    cumulative_RV = weights_RV.cumsum(-1)
-    # At most 1 - 2^-53 times the total, which rounds to less than the total: some token exceeds it.
-    points_R1 = _column([uniform(row.seed, row.position) for row in rows]) * cumulative_RV[:, -1:]
-    chosen: list[int] = torch.searchsorted(cumulative_RV, points_R1, right=True)[:, 0].tolist()
-    return chosen
-
-
-def _weights(logits_RC: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Probabilities relative to the row's largest, float64 (0.0 when they underflow)."""
-    logits_RC = logits_RC.double()
+def _draw(logits_V: Tensor, row: SamplingRow) -> int:
+    """One row at a time: its vectors stay in the processor's cache, a batch of them would not."""
+    params = row.params
+    is_ranked = 0 < params.top_k < len(logits_V) or params.top_p < 1.0
+    candidates_C = _ranked(logits_V, params.top_k) if is_ranked else logits_V
     # Subtracted first: any temperature above 0 then stays within the range of float64.
-    shifted_RC = logits_RC - logits_RC.amax(dim=-1, keepdim=True)
-    return (shifted_RC / _column([row.params.temperature for row in rows])).exp()
+    shifted_C = candidates_C.double() - candidates_C.max().double()
+    weights_C = (shifted_C / params.temperature).exp()
+    if params.top_p < 1.0:
+        cumulative_C = weights_C.cumsum(0)
+        count = int(torch.searchsorted(cumulative_C, params.top_p * cumulative_C[-1])) + 1
+        weights_C = weights_C[:count]
+    # The most likely token has weight 1.
+    weights_C = torch.where(weights_C >= params.min_p, weights_C, 0.0)
+    cumulative_C = weights_C.cumsum(0)
+    # At most 1 - 2^-53 times the total, which rounds to less than the total: some token exceeds it.
+    point = uniform(row.seed, row.position) * cumulative_C[-1]
+    chosen = int(torch.searchsorted(cumulative_C, point, right=True))
+    if not is_ranked:
+        return chosen
+    logit = candidates_C[chosen]
+    equals_before = int((candidates_C[:chosen] == logit).sum())
+    return int((logits_V == logit).nonzero()[equals_before])
 
 
-def _keep_most_likely(logits_RV: Tensor, weights_RV: Tensor, rows: Sequence[SamplingRow]) -> None:
-    """Zero the weights that top-k and top-p drop, in place."""
-    vocabulary = logits_RV.shape[-1]
-    limited = [
-        index
-        for index, row in enumerate(rows)
-        if 0 < row.params.top_k < vocabulary or row.params.top_p < 1.0
-    ]
-    if not limited:
-        return
-    part = [rows[index] for index in limited]
-    top_k_P1 = torch.tensor([[min(row.params.top_k or vocabulary, vocabulary)] for row in part])
-    top_p_P1 = _column([row.params.top_p for row in part])
-    logits_PV = logits_RV[limited]
+def _ranked(logits_V: Tensor, top_k: int) -> Tensor:
+    """The `top_k` largest logits (0: all), largest first."""
+    negated = -logits_V.numpy()
+    if 0 < top_k < len(negated):
+        negated = np.partition(negated, top_k - 1)[:top_k]
     # numpy sorts a vocabulary in a tenth of torch's time.
-    ranked_PV = torch.from_numpy(-np.sort(-logits_PV.numpy()))
-    cumulative_PV = _weights(ranked_PV, part).cumsum(-1)
-    needed_P1 = top_p_P1 * cumulative_PV.gather(-1, top_k_P1 - 1)
-    reached_P1 = (cumulative_PV < needed_P1).sum(-1, keepdim=True) + 1
-    counts_P1 = torch.where(top_p_P1 < 1.0, torch.minimum(reached_P1, top_k_P1), top_k_P1)
-    lowest_P1 = ranked_PV.gather(-1, counts_P1 - 1)
-    above_PV, equal_PV = logits_PV > lowest_P1, logits_PV == lowest_P1
-    room_P1 = counts_P1 - above_PV.sum(-1, keepdim=True)
-    kept_PV = above_PV | (equal_PV & (equal_PV.cumsum(-1) <= room_P1))
-    weights_RV[limited] = weights_RV[limited] * kept_PV
-
-
-def _column(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)[:, None]
+    return torch.from_numpy(-np.sort(negated))
