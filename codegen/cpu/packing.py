@@ -127,7 +127,7 @@ def unpack(weight: KernelWeight) -> Tensor | PackedWeight:
     if bits == 8:
         plain = lanes.reshape(-1, weight.k)[: weight.n].contiguous().view(torch.int8)
     else:
-        even, odd = lanes.unflatten(-1, (2, 2)).unbind(-1)
+        even, odd = lanes.view(panels, COLUMNS, groups, bits, 2, 2).unbind(-1)
         paired = torch.stack(_exchange(even, odd), dim=-2)
         plain = paired.reshape(-1, weight.k // 2)[: weight.n].contiguous()
     return PackedWeight(

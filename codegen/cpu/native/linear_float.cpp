@@ -3,7 +3,8 @@
 // An output is the sum, in order, of one chain of fused multiply-adds for each CHAIN columns k
 // (short chains round less), whatever the blocking below: a row's result does not depend on how
 // many rows are computed together. Few rows read each weight once and convert it in registers. For
-// more rows, tiles of rows by outputs convert a part of a panel at a time into the first-level cache.
+// more rows, tiles of rows by outputs convert a part of a panel at a time into the first-level
+// cache.
 #include "gemm.h"
 #include "linear.h"
 

@@ -1,7 +1,7 @@
 // The integer path of OP_LINEAR: x rounded to int8 in groups of 32, exact integer inner products.
 //
-// Over the groups in order, acc += dot * (scale_w * scale_x), acc += zero * (scale_x * sum of codes):
-// each output is one fixed chain, whatever the number of rows.
+// Over the groups in order, acc += dot * (scale_w * scale_x), acc += zero * (scale_x * sum of
+// codes): each output is one fixed chain, whatever the number of rows.
 #include "linear_dot.h"
 #include "linear_quantize.h"
 

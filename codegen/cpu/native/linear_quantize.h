@@ -1,6 +1,7 @@
-// Rows rounded to int8 in groups of 32 columns, by absmax: scale = absmax / 127, code = x * (1 / scale)
-// rounded to even. A group with a scale below 1e-30, whose reciprocal would overflow, counts as zero.
-// One that is not finite has the scale NaN, which reaches every output of its row.
+// Rows rounded to int8 in groups of 32 columns, by absmax: scale = absmax / 127, code =
+// x * (1 / scale) rounded to even. A group with a scale below 1e-30, whose reciprocal would
+// overflow, counts as zero. One that is not finite has the scale NaN, which reaches every output of
+// its row.
 #pragma once
 #include <cmath>
 #include <limits>
