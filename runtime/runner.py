@@ -39,7 +39,9 @@ class Runner:
         positions_T = np.arange(len(row_of_T)) + (starts_R - query_start[:-1])[row_of_T]
         blocks_T, offsets_T = np.divmod(positions_T, self.block_size)
         slots_T = tables_RM[row_of_T, blocks_T] * self.block_size + offsets_T
-        logit_rows_L = query_start[1:][[r.sample for r in rows]] - 1
+        wanted = [index for index, r in enumerate(rows) if r.sample]
+        # Graphs are compiled for at least one row of logits: in the middle of a prompt, the last.
+        logit_rows_L = query_start[1:][wanted or [-1]] - 1
         logits_LV = self.executable(
             self.cache,
             tokens=torch.tensor([token for r in rows for token in r.tokens]),
@@ -53,7 +55,7 @@ class Runner:
         expected = (len(logit_rows_L), self.executable.vocab_size)
         if logits_LV.shape != expected:
             raise BackendError(f"logits have shape {tuple(logits_LV.shape)}, expected {expected}")
-        return logits_LV
+        return logits_LV[: len(wanted)]
 
     def _block_tables(self, rows: tuple[ScheduledRows, ...]) -> NDArray[np.int64]:
         columns = max(len(r.block_ids) for r in rows)

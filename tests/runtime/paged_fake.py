@@ -113,8 +113,9 @@ class FakeExecutable:
             for row in range(first, last):
                 contexts[row] = context[: int(positions[row]) + 1]
         logits = [logits_of(contexts[row], self.vocab_size) for row in logit_rows.tolist()]
-        result = torch.tensor(np.array(logits)).reshape(len(logits), self.vocab_size)
-        if call in self.poison_logits_at and len(result):
+        assert logits
+        result = torch.tensor(np.array(logits))
+        if call in self.poison_logits_at:
             result[-1, 3] = self.poison_logits_at[call]
         return result
 
