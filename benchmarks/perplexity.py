@@ -1,9 +1,13 @@
 """Perplexity of graphopt's programs against the dequantized bf16 model.
 
-Non-overlapping windows over the first tokens of a text; every window predicts all its tokens but
-the first. The reference is Hugging Face with the same weights dequantized to bf16.
+Text: the first `--tokens` tokens of a file, cut into non-overlapping windows of `--window` tokens.
+Each window is computed on its own (no context from the window before) and predicts all its tokens
+but the first; perplexity is exp of the mean over all predicted tokens. The reference is Hugging
+Face's model, eager attention, with the same weights dequantized to bf16 and bf16 arithmetic.
 
     python benchmarks/perplexity.py TEXT [--tokens 20000] [--window 1024] [--out results.json]
+
+With --out, a table is written beside the JSON as Markdown.
 """
 
 from __future__ import annotations
@@ -11,70 +15,155 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 import graphopt
 from graphopt.models import load
 
 MODEL = "smollm2-135m"
+ACCEPTED_PERCENT = 1.0
+Logits = Callable[[Tensor], Tensor]
 
 
-def perplexity(logits_of: Callable[[Tensor], Tensor], ids: list[int], window: int) -> float:
-    """exp of the mean negative log-likelihood over all windows."""
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Perplexity over `predicted` tokens, and the seconds it took (loading apart)."""
+
+    perplexity: float
+    predicted: int
+    seconds: float
+
+
+def score(logits_of: Logits, ids: list[int], window: int) -> Score:
+    """See the module docstring; log-likelihoods in float32, their sum in double."""
     total, count = 0.0, 0
-    for start in range(0, len(ids) - 1, window):
-        chunk = torch.tensor([ids[start : start + window]])
-        if chunk.shape[1] < 2:
-            break
+    start = time.perf_counter()
+    for first in range(0, len(ids) - 1, window):
+        chunk_1S = torch.tensor([ids[first : first + window]])
         with torch.inference_mode():
-            logits = logits_of(chunk)[0, :-1].float()
-        total += torch.nn.functional.cross_entropy(logits, chunk[0, 1:], reduction="sum").item()
-        count += chunk.shape[1] - 1
-    return math.exp(total / count)
+            logits_SV = logits_of(chunk_1S)[0, :-1].float()
+            loss = torch.nn.functional.cross_entropy(logits_SV, chunk_1S[0, 1:], reduction="sum")
+        total += loss.item()
+        count += chunk_1S.shape[1] - 1
+    return Score(math.exp(total / count), count, time.perf_counter() - start)
+
+
+def eager_bf16() -> Logits:
+    """The reference."""
+    module: Any = load(MODEL, dtype=torch.bfloat16).module
+    module.set_attn_implementation("eager")
+
+    def logits(ids_1S: Tensor) -> Tensor:
+        result: Tensor = module(ids_1S, use_cache=False).logits
+        return result
+
+    return logits
+
+
+def variants() -> Iterator[tuple[str, Callable[[], Logits]]]:
+    """(name, how to make it), one made at a time; the reference first."""
+
+    def program(weights: Any, dtype: torch.dtype, **options: Any) -> Logits:
+        compiled = graphopt.compile(load(MODEL, weights=weights, dtype=dtype), **options)
+        return lambda ids_1S: torch.as_tensor(compiled(ids_1S))
+
+    f32 = torch.float32
+    yield "Hugging Face eager, bf16 (reference)", eager_bf16
+    yield (
+        "graphopt 4-bit, int8 activations, fp16 cache",
+        lambda: program("packed", f32, activations="int8", kv_dtype="float16"),
+    )
+    yield "graphopt 4-bit, float activations", lambda: program("packed", f32)
+    yield "graphopt fp32 (dequantized)", lambda: program("dense", f32)
+    yield "graphopt bf16 (dequantized)", lambda: program("dense", torch.bfloat16)
 
 
 def run(text: str, tokens: int, window: int) -> dict[str, Any]:
-    """Perplexity of each variant, and its difference to the reference in percent."""
-    dense = load(MODEL, dtype=torch.bfloat16)
-    ids = dense.tokenizer.encode(text)[:tokens]
-    results = {"hf bf16 (reference)": perplexity(lambda x: dense.module(x).logits, ids, window)}
-    print(results, flush=True)
-    variants: dict[str, dict[str, Any]] = {
-        "4-bit, float activations": {"activations": "float"},
-        "4-bit, int8 activations, fp16 cache": {"activations": "int8", "kv_dtype": "float16"},
-    }
-    for name, options in variants.items():
-        program = graphopt.compile(load(MODEL, weights="packed"), **options)
-        results[name] = perplexity(lambda x, p=program: torch.as_tensor(p(x)), ids, window)  # type: ignore[misc]
-        print(name, results[name], flush=True)
-    base = results["hf bf16 (reference)"]
+    """Perplexity of every variant, and its difference to the reference in percent."""
+    ids = load(MODEL, weights="packed").tokenizer.encode(text)[:tokens]
+    results: dict[str, dict[str, Any]] = {}
+    base = 0.0
+    for name, make in variants():
+        result = score(make(), ids, window)
+        base = base or result.perplexity
+        percent = 100.0 * (result.perplexity / base - 1.0)
+        results[name] = {
+            "perplexity": result.perplexity,
+            "percent": percent,
+            "accepted": abs(percent) <= ACCEPTED_PERCENT,
+            "predicted": result.predicted,
+            "seconds": result.seconds,
+        }
+        print(f"{name}: {result.perplexity:.4f} {percent:+.3f} %", flush=True)
     return {
+        "model": MODEL,
         "tokens": len(ids),
         "window": window,
-        "perplexity": results,
-        "percent": {name: 100.0 * (value / base - 1.0) for name, value in results.items()},
+        "windows": "non-overlapping",
+        "accepted_percent": ACCEPTED_PERCENT,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "results": results,
     }
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as text with a table."""
+    lines = [
+        f"# Perplexity, {report['model']}",
+        "",
+        f"{report['tokens']} tokens, non-overlapping windows of {report['window']}; accepted: "
+        f"within {report['accepted_percent']:g} % of the reference.",
+        "",
+        "| | perplexity | difference | accepted |",
+        "|---|---|---|---|",
+    ]
+    for name, r in report["results"].items():
+        verdict = "yes" if r["accepted"] else "no"
+        lines.append(f"| {name} | {r['perplexity']:.4f} | {r['percent']:+.3f} % | {verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+def show(report: dict[str, Any]) -> None:
+    """The same on the terminal."""
+    table = Table("", "perplexity", "difference", "seconds")
+    for name, r in report["results"].items():
+        colour = "green" if r["accepted"] else "red"
+        difference = f"[{colour}]{r['percent']:+.3f} %[/]"
+        table.add_row(name, f"{r['perplexity']:.4f}", difference, f"{r['seconds']:.0f}")
+    Console().print(table)
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("text", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("text", type=Path, help="a text file, e.g. the test split of WikiText-2")
     parser.add_argument("--tokens", type=int, default=20000)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     report = run(arguments.text.read_text(), arguments.tokens, arguments.window)
-    for name, value in report["perplexity"].items():
-        print(f"{name:40} {value:8.4f}  {report['percent'][name]:+.3f} %")
+    # The name of the text, not where it lies: results are published.
+    report["text"] = arguments.text.name
+    show(report)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        arguments.out.with_suffix(".md").write_text(markdown(report))
 
 
 if __name__ == "__main__":
