@@ -20,8 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 import graphopt
 from graphopt.codegen.cpu.backend import select
@@ -34,6 +37,18 @@ from graphopt.report import Rejection, Report
 FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 def is_program(folder: Path) -> bool:
@@ -84,7 +99,7 @@ def _write(program: Program, folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
-def _unshared(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _unshared(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """safetensors refuses tensors that share memory."""
     seen: set[int] = set()
     result = {}
@@ -114,7 +129,7 @@ def load_program(
         }
     )
     refusal = None if manifest["refusal"] is None else Rejection(**manifest["refusal"])
-    weights = load_file(path / WEIGHTS)
+    weights = mapped_weights(path / WEIGHTS)
     graph = parse_graph((path / "forward.gir").read_text(), weights)
     serving_text = path / "serving.gir"
     serving = parse_graph(serving_text.read_text(), weights) if serving_text.exists() else None
@@ -131,6 +146,33 @@ def load_program(
     program = Program(graph, serving, refusal, options, chosen, report, tokenizer)
     report.seconds["lower"] = time.perf_counter() - lowering
     return program
+
+
+def mapped_weights(path: Path) -> dict[str, Tensor]:
+    """Weights of a safetensors file, each a mapping of its own.
+
+    The pages of a weight go when the weight is released; safetensors maps the file as a whole, and
+    its pages stay for as long as any weight does. Raises ProgramFormatError for a damaged file.
+    """
+    try:
+        # Opening checks the whole header.
+        with safe_open(path, framework="pt"), path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(length))
+    except (SafetensorError, OSError) as error:
+        raise ProgramFormatError(f"{path} is damaged: {error}") from error
+    header.pop("__metadata__", None)
+    weights = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        dtype = _DTYPES[entry["dtype"]]
+        if begin == end:
+            weights[name] = torch.empty(entry["shape"], dtype=dtype)
+            continue
+        # Copy on write: torch wants memory it may write to.
+        mapping = np.memmap(path, np.uint8, "c", offset=8 + length + begin, shape=end - begin)
+        weights[name] = torch.from_numpy(mapping).view(dtype).view(entry["shape"])
+    return weights
 
 
 def check_manifest(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,8 +187,9 @@ class Engine:
     ) -> list[Completion]:
         """Complete all prompts, batched together; results in the order of the prompts.
 
-        params: one for all, or one a prompt. Raises what `submit` and `step` raise; then none of
-        the prompts is left in the engine.
+        params: one for all, or one a prompt. Requests made by `submit` advance too, but their
+        events are lost; use streams beside this. Raises what `submit` and `step` raise; then none
+        of the prompts is left in the engine.
         """
         if isinstance(prompts, str):
             raise RequestError("generate takes a sequence of prompts; wrap a single one in a list")
@@ -206,23 +207,32 @@ class Engine:
             raise
         return [_completion(live) for live in lives]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[TokenEvent]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> Generator[TokenEvent, None, None]:
         """Complete one prompt; an event a token.
 
         Several streams and other requests may be under way at once: each iterator steps the
-        engine when it has no event, and the others find theirs later. Closing one that has begun
+        engine when it has no event, and the others find theirs later. Closing or dropping one
         cancels its request. Raises RequestError at once, not at the first event.
         """
         live = self._live[self.submit(prompt, params)]
         live.inbox = deque()
-        return self._events_of(live, live.inbox)
+        events = self._events_of(live, live.inbox)
+        # A generator that has not begun would not run its `finally` when it is closed.
+        next(events)
+        return events
 
-    def _events_of(self, live: _Live, inbox: deque[TokenEvent]) -> Iterator[TokenEvent]:
+    def _events_of(
+        self, live: _Live, inbox: deque[TokenEvent]
+    ) -> Generator[TokenEvent, None, None]:
         try:
+            yield TokenEvent(live.request.request_id, None, None, None)
             while inbox or live.request.finish_reason is None:
-                while not inbox:
+                if inbox:
+                    yield inbox.popleft()
+                else:
                     self.step()
-                yield inbox.popleft()
         finally:
             self._cancel_unfinished([live])
 
@@ -261,12 +271,11 @@ class Engine:
             )
 
     def _sample(self, plan: StepPlan) -> dict[int, int]:
-        logits_LV = self._runner.run(plan)
         wanted = [rows.request_id for rows in plan.rows if rows.sample]
-        if not wanted:
-            return {}
+        # Looked up before the run: a request may be cancelled during it.
         requests = [self._live[request_id].request for request_id in wanted]
         rows = [SamplingRow(r.params, r.seed, r.length) for r in requests]
+        logits_LV = self._runner.run(plan)
         try:
             return dict(zip(wanted, sample(logits_LV, rows), strict=True))
         except NonFiniteLogitsError as error:
@@ -282,10 +291,8 @@ class Engine:
         # An end token is not part of the text.
         if detokenizer is not None and token not in request.end_tokens:
             text = detokenizer.push(token)
-            if detokenizer.stopped:
-                if request.finish_reason is None:
-                    self._scheduler.finish(request.request_id, "stop")
-                request.finish_reason = "stop"
+            if detokenizer.stopped and request.finish_reason is None:
+                self._scheduler.finish(request.request_id, "stop")
         return self._deliver(live, token, text)
 
     def _deliver(self, live: _Live, token: int | None, text: str) -> TokenEvent:
@@ -294,6 +301,9 @@ class Engine:
             del self._live[request.request_id]
             if detokenizer is not None:
                 text += detokenizer.finish()
+                # It may have been complete in the last allowed token, or behind half a character.
+                if detokenizer.stopped:
+                    request.finish_reason = "stop"
         event = TokenEvent(
             request.request_id, token, None if detokenizer is None else text, request.finish_reason
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import operator
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -46,7 +46,7 @@ class SamplingParams:
         self._check("max_tokens", _is_int(self.max_tokens, 1), "an integer >= 1")
         self._check(
             "temperature",
-            _is_number(self.temperature) and 0.0 <= self.temperature < math.inf,
+            _is_number(self.temperature) and 0.0 <= self.temperature <= sys.float_info.max,
             "finite and >= 0 (0 is greedy)",
         )
         self._check("top_k", _is_int(self.top_k, 0), "an integer >= 0 (0 is off)")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import CausalConvolution, tiny_llama
 from torch import nn
 
@@ -28,6 +29,7 @@ from graphopt.ir.parser import first_difference
 from graphopt.models.bert_like import BertLike, BertLikeConfig
 from graphopt.models.gpt2_like import GPT2Like, GPT2LikeConfig
 from graphopt.program import Program
+from graphopt.storage import mapped_weights
 
 
 @pytest.fixture(scope="module")
@@ -288,3 +290,30 @@ def test_dumps(model: Any, tmp_path: Path) -> None:
     assert "graphopt.rms_norm" in next(tmp_path.glob("*_fuse_norm.gir")).read_text()
     assert (tmp_path / "mine.txt").read_text() == "mine"
     assert program.serving is not None
+
+
+def test_mapped_weights_are_the_files(tmp_path: Path) -> None:
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8, torch.bool)
+    weights = {
+        f"{str(dtype).removeprefix('torch.')}.{rank}": (100 * torch.randn((3, 5, 2)[:rank])).to(
+            dtype
+        )
+        for dtype in dtypes
+        for rank in range(4)
+    }
+    weights |= {"ids": torch.arange(7), "empty": torch.empty(0, 4)}
+    save_file(weights, tmp_path / "w.safetensors", metadata={"format": "pt"})
+    found = mapped_weights(tmp_path / "w.safetensors")
+    assert set(found) == set(weights)
+    for name, weight in weights.items():
+        assert found[name].dtype == weight.dtype
+        assert torch.equal(found[name], weight), name
+
+
+def test_a_cut_weights_file_is_refused(tmp_path: Path) -> None:
+    save_file({"w": torch.randn(100)}, tmp_path / "w.safetensors")
+    whole = (tmp_path / "w.safetensors").read_bytes()
+    for length in (3, 20, len(whole) - 1):
+        (tmp_path / "cut.safetensors").write_bytes(whole[:length])
+        with pytest.raises(ProgramFormatError, match="damaged"):
+            mapped_weights(tmp_path / "cut.safetensors")

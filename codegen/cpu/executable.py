@@ -195,5 +195,11 @@ def lower_serving(
     lowering = Lowering(graph, {**rules_shape.RULES, **rules_compute.RULES})
     plan = lowering.run()
     matrices = {name: pack(name) for name in lowering.matrices}
-    vectors = {name: graph.weights[name].contiguous() for name in lowering.vectors}
+    vectors = {name: _owned(graph, name) for name in lowering.vectors}
     return CpuServing(graph, library, matrices, vectors, plan, kv_dtype, max_context, threads)
+
+
+def _owned(graph: Graph, name: str) -> Tensor:
+    """A small weight in memory of its own: as a view it would keep a whole mapped file resident."""
+    graph.weights[name] = graph.weights[name].clone(memory_format=torch.contiguous_format)
+    return graph.weights[name]

@@ -72,7 +72,7 @@ def test_many_together_equal_each_alone(block_size: int) -> None:
     idle(engine)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize("chunk", [*range(1, 8), 16])
 def test_chunked_prompts_equal_whole_ones(chunk: int) -> None:
     asked = prompts(5, longest=40)
     params = [some_params() for _ in asked]
@@ -96,7 +96,7 @@ def test_preempted_equals_uninterrupted() -> None:
 
 def test_random_traffic_changes_no_tokens() -> None:
     """Submissions, cancellations and failing steps in any order, over small random pools."""
-    for _ in range(12):
+    for _ in range(6):
         executable = FakeExecutable()
         executable.fail_at = set(random.sample(range(60), 8))
         engine = Engine(
@@ -321,6 +321,34 @@ def test_cancel() -> None:
         engine.cancel(99)
     idle(engine)
     assert engine.step() == []
+
+
+def test_a_request_cancelled_while_its_step_runs_gets_no_token() -> None:
+    class Cancelling(FakeExecutable):
+        def __call__(self, cache: Any, **step: Any) -> Any:
+            if self.calls == 1:
+                engine.cancel(gone)
+            return super().__call__(cache, **step)
+
+    engine = Engine(Cancelling())
+    params = SamplingParams(max_tokens=4)
+    gone, stays = engine.submit([1, 2], params), engine.submit([3], params)
+    events = [event for _ in range(4) for event in engine.step()]
+    assert [e.request_id for e in events] == [gone, stays, stays, stays, stays]
+    assert [e.token for e in events[1:]] == greedy([3], 4)
+    idle(engine)
+
+
+def test_step_for_others_during_generate() -> None:
+    """`generate` steps everybody: a stream finds its events, and what it computes is the same."""
+    engine = Engine(FakeExecutable(), block_size=2, num_blocks=20, max_tokens_per_step=3)
+    params = some_params(max_tokens=8)
+    events = engine.stream([6, 6, 6, 6, 6], params)
+    asked = prompts(3, longest=6)
+    for prompt, done in zip(asked, engine.generate(asked, params), strict=True):
+        assert done.tokens == oracle(prompt, params)
+    assert tuple(e.token for e in events) == oracle([6, 6, 6, 6, 6], params)
+    idle(engine)
 
 
 def test_stats() -> None:

@@ -18,6 +18,7 @@ ILLEGAL = [
     ("temperature", -0.1, ">= 0"),
     ("temperature", float("nan"), "finite"),
     ("temperature", float("inf"), "finite"),
+    ("temperature", 10**400, "finite"),
     ("temperature", "hot", "finite"),
     ("top_k", -1, ">= 0"),
     ("top_k", 2.0, "integer"),

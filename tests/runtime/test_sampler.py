@@ -75,7 +75,7 @@ def random_params(rng: np.random.Generator, **fixed: Any) -> SamplingParams:
 @pytest.mark.parametrize("vary", ["seed", "position"])
 def test_draws_follow_the_distribution(setting: dict[str, Any], vary: str) -> None:
     params = SamplingParams(**setting)
-    logits_V, draws = torch.tensor([0.3, -1.1, 1.2, 0.0, -0.6, 1.0, 0.7, -0.2]), 8_000
+    logits_V, draws = torch.tensor([0.3, -1.1, 1.2, 0.0, -0.6, 1.0, 0.7, -0.2]), 4_000
     rows = [
         SamplingRow(params, n if vary == "seed" else 77, n if vary == "position" else 5)
         for n in range(draws)
@@ -95,7 +95,7 @@ def test_chi_square_notices_a_wrong_temperature() -> None:
 
 
 def test_consecutive_positions_are_independent() -> None:
-    params, draws = SamplingParams(temperature=1.0), 8_000
+    params, draws = SamplingParams(temperature=1.0), 4_000
     logits_V = torch.tensor([0.3, -0.2, 0.5])
     rows = [SamplingRow(params, seed, place) for seed in range(draws) for place in (4, 5)]
     tokens = np.array(sample(logits_V.expand(2 * draws, -1), rows)).reshape(draws, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -69,6 +70,20 @@ def test_stop_text_in_the_last_allowed_token_counts_as_stop() -> None:
     assert (done.text, done.finish_reason) == ("ab ", "stop")
 
 
+@pytest.mark.parametrize("last", [2, 3])
+def test_stop_text_hidden_by_half_a_character(last: int) -> None:
+    """A token may end in the middle of a character: the stop text before it is seen late."""
+
+    class Pieces(ByteTokenizer):
+        def decode(self, token_ids: Any, *_: Any, **__: Any) -> str:
+            pieces = {1: b"ab ST", 2: b"OP\xc3", 3: b"\xa9", 4: b"Q"}
+            return b"".join(pieces[t] for t in token_ids).decode(errors="replace")
+
+    engine = Engine(ScriptedExecutable([1, 2, 3, 4], 1), Pieces())
+    (done,) = engine.generate([[4]], SamplingParams(stop=("STOP",), max_tokens=last))
+    assert (done.text, done.tokens, done.finish_reason) == ("ab ", (1, 2, 3)[:last], "stop")
+
+
 def test_held_back_text_is_given_at_the_end() -> None:
     params = SamplingParams(stop=("STOP",), max_tokens=5)
     events = list(scripted("ab STxx", end=False).stream("ask", params))
@@ -112,9 +127,22 @@ def test_closing_a_stream_cancels_it() -> None:
     stream = engine.stream([1, 2])
     next(stream)
     assert engine.stats.blocks_used > 0
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert not engine.has_work
     assert engine.stats.blocks_used == 0
+
+
+def test_a_stream_closed_or_dropped_before_it_began_is_cancelled() -> None:
+    engine = Engine(FakeExecutable())
+    stream = engine.stream([1, 2])
+    dropped = engine.stream([3])
+    assert engine.stats.waiting == 2
+    assert engine.stats.steps == 0
+    stream.close()
+    assert engine.stats.waiting == 1
+    del dropped
+    gc.collect()
+    assert not engine.has_work
 
 
 def test_a_stream_cancelled_from_outside_ends_with_that_event() -> None:
