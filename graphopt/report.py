@@ -20,7 +20,7 @@ class Rejection:
     """A candidate that a pass looked at and left alone.
 
     code: stable identifier (`mask-not-causal`); text: the reason in words; node, layer, source:
-    where it is.
+    where it is; mend: what would make it match, "" when nothing would.
     """
 
     code: str
@@ -28,6 +28,7 @@ class Rejection:
     node: str
     layer: str
     source: str
+    mend: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,11 +52,12 @@ EXACT = Tier("exact")
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """Why a candidate is left alone. `node`: the node that is in the way."""
+    """Why a candidate is left alone. `node`: what is in the way; `mend`: what would make it match."""
 
     code: str
     text: str
     node: fx.Node
+    mend: str = ""
 
 
 Bindings = TypeVar("Bindings")
@@ -119,6 +120,7 @@ def run_pass(pass_: Pass[Any], graph: Graph, limit: int | None = None) -> Outcom
                     blocker.name,
                     blocker.meta.get("layer", "") or layer,
                     blocker.meta.get("source", "") or source,
+                    bound.mend,
                 )
             )
             continue
