@@ -52,7 +52,10 @@ EXACT = Tier("exact")
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """Why a candidate is left alone. `node`: what is in the way; `mend`: what would make it match."""
+    """Why a candidate is left alone.
+
+    node: what is in the way. mend: what would make it match, "" when nothing would.
+    """
 
     code: str
     text: str
