@@ -85,8 +85,14 @@ class Backend(Protocol):
 
 
 def check_weights(graph: Graph) -> None:
-    """Raise BackendError when a weight has no data (packed and read by an op that cannot)."""
+    """Raise BackendError when a weight has no data: packed and read by an op that cannot, or taken
+    over by a program that was compiled from this graph."""
     for name, data in graph.weights.items():
+        if data.device.type == "meta" and name not in graph.packed:
+            raise BackendError(
+                f"weight {name!r} has no data: another program took it over; "
+                "graphopt.capture gives a graph that keeps its weights"
+            )
         if data.device.type == "meta":
             raise BackendError(
                 f"weight {name!r} is packed and no low-bit op reads it; run the pass "

@@ -5,13 +5,15 @@ Slow and obvious. It is the oracle of the other backends and what they fall back
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from graphopt.codegen.backend import Cache, check_weights
-from graphopt.errors import BackendError
+from graphopt.errors import BackendError, CapacityError
 from graphopt.ir.graph import Graph
 from graphopt.passes.cache.insert_kv_cache import STEP_INPUTS
 
@@ -62,14 +64,35 @@ def cache_shapes(graph: Graph) -> list[tuple[int, int, torch.dtype]]:
 def make_cache(
     graph: Graph, num_blocks: int, block_size: int, kv_dtype: torch.dtype | None
 ) -> TensorCache:
-    """Zeroed storage for a serving graph."""
+    """Zeroed storage for a serving graph.
+
+    Raises BackendError for storage types, CapacityError for sizes that memory does not allow.
+    """
     if kv_dtype is not None and kv_dtype not in KV_DTYPES:
         raise BackendError(f"kv_dtype {kv_dtype} is not supported; supported: {KV_DTYPES}")
-    tensors = tuple(
-        torch.zeros((num_blocks, block_size, heads, width), dtype=kv_dtype or dtype)
-        for heads, width, dtype in cache_shapes(graph)
+    wanted = num_blocks * block_size * cache_bytes_per_token(graph, kv_dtype)
+    refusal = CapacityError(
+        f"a KV cache of {num_blocks} blocks of {block_size} tokens takes {wanted:,} bytes, more "
+        "than this machine can give; use fewer blocks"
     )
+    # Asking the allocator is not enough: systems promise memory that they do not have.
+    if wanted > _physical_memory():
+        raise refusal
+    try:
+        tensors = tuple(
+            torch.zeros((num_blocks, block_size, heads, width), dtype=kv_dtype or dtype)
+            for heads, width, dtype in cache_shapes(graph)
+        )
+    except RuntimeError as error:
+        raise refusal from error
     return TensorCache(tensors)
+
+
+def _physical_memory() -> float:
+    """Bytes of memory of the machine; infinite where the system does not say."""
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def cache_bytes_per_token(graph: Graph, kv_dtype: torch.dtype | None) -> int:

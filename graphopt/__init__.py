@@ -16,6 +16,8 @@ from graphopt.capture import ModelSource, capture
 
 if TYPE_CHECKING:
     from graphopt.compiler import compile
+    from graphopt.explainer import explain
+    from graphopt.explanation import Explanation
     from graphopt.ir.graph import Graph
     from graphopt.program import Program
     from graphopt.runtime import SamplingParams
@@ -24,14 +26,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Explanation": "graphopt.explanation",
     "Graph": "graphopt.ir.graph",
     "Program": "graphopt.program",
     "SamplingParams": "graphopt.runtime",
     "compile": "graphopt.compiler",
+    "explain": "graphopt.explainer",
     "load_program": "graphopt.storage",
 }
 
 __all__ = [
+    "Explanation",
     "Graph",
     "ModelSource",
     "Program",
@@ -39,6 +44,7 @@ __all__ = [
     "__version__",
     "capture",
     "compile",
+    "explain",
     "load_program",
 ]
 

@@ -1,4 +1,4 @@
-"""The command line: `graphopt demo | generate | compile | inspect | passes`.
+"""The command line: `graphopt demo | generate | compile | inspect | explain | passes`.
 
 Errors that graphopt raises on purpose are printed as one line, exit status 2; anything else is a
 bug and keeps its traceback.
@@ -9,21 +9,23 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 import graphopt
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, UnsupportedError
 from graphopt.models import BUILTINS, load
 from graphopt.passes.registry import all_passes, ordered
 from graphopt.program import Program
 from graphopt.report import grouped
 from graphopt.runtime import SamplingParams
-from graphopt.storage import is_program, load_program
+from graphopt.storage import is_program, load_program, load_report
 
 app = typer.Typer(
     add_completion=False,
@@ -35,50 +37,82 @@ console = Console()
 
 Model = Annotated[str, typer.Argument(help="model name, folder, .gguf file, or saved program")]
 Weights = Annotated[
-    str, typer.Option(help="packed: keep the low-bit weights of a GGUF file; dense: expand them")
+    str | None,
+    typer.Option(
+        help="packed: keep the low-bit weights of a GGUF file (its default); dense: expand them",
+        show_default=False,
+    ),
 ]
-Dtype = Annotated[str, typer.Option(help="float32 or bfloat16")]
-Activations = Annotated[str, typer.Option(help="float, or int8 for faster low-bit layers")]
-Backend = Annotated[str, typer.Option(help="cpu or reference")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32 (the default) or bfloat16", show_default=False)
+]
+Activations = Annotated[
+    str | None,
+    typer.Option(help="float (the default), or int8 for faster low-bit layers", show_default=False),
+]
+Backend = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu or reference; default: cpu, or what the program was saved for",
+        show_default=False,
+    ),
+]
 DEMO_MODEL = "smollm2-135m"
 DEMO_PROMPT = "What is a compiler? Answer briefly."
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def open_program(
-    model: str, weights: str, dtype: str, activations: str, backend: str, dump: Path | None = None
+    model: str,
+    *,
+    weights: str | None = None,
+    dtype: str | None = None,
+    activations: str | None = None,
+    backend: str | None = None,
+    dump: Path | None = None,
 ) -> Program:
-    """Load a saved program, or load and compile a model, with a spinner."""
-    with console.status(f"loading {model}"):
-        if is_program(Path(model)):
-            return load_program(model)
-    if dtype not in DTYPES:
-        raise graphopt.errors.UnsupportedError(
-            f"--dtype {dtype!r} is not supported; supported: {', '.join(DTYPES)}"
-        )
-    if weights not in ("packed", "dense"):
-        raise graphopt.errors.UnsupportedError(
-            f"--weights {weights!r} is not supported; supported: packed, dense"
-        )
+    """Load a saved program, or load and compile a model, with a spinner.
+
+    Raises UnsupportedError for values that do not exist, and for options that a saved program
+    cannot follow any more.
+    """
+    if is_program(Path(model)):
+        refuse_options(model, weights=weights, dtype=dtype, activations=activations, dump=dump)
+        with console.status(Text(f"loading {model}")):
+            return load_program(model, backend=backend)
+    if dtype is not None and dtype not in DTYPES:
+        raise UnsupportedError(f"--dtype {dtype!r} is not supported; supported: {list(DTYPES)}")
     # Not inside a spinner: fetching weights shows its own progress.
     start = time.perf_counter()
-    source = load(model, dtype=DTYPES[dtype], weights=_kept(model, weights))
+    source = load(model, dtype=DTYPES[dtype or "float32"], weights=_kept(model, weights))
     loaded = time.perf_counter() - start
-    with console.status(f"compiling {source.name}"):
+    with console.status(Text(f"compiling {source.name}")):
         program = graphopt.compile(
             source,
-            backend=backend,
-            activations=activations,  # type: ignore[arg-type]
+            backend=backend or "cpu",
+            activations=activations or "float",  # type: ignore[arg-type]
             dump=dump,
         )
     program.report.seconds["load"] = loaded
     return program
 
 
-def _kept(model: str, weights: str) -> Literal["packed", "dense"]:
+def refuse_options(model: str, **options: object) -> None:
+    """Raise UnsupportedError when an option is given that is decided at compile time."""
+    for name, value in options.items():
+        if value is not None:
+            raise UnsupportedError(
+                f"--{name} has no effect on {model}, which is compiled already; leave it out, or "
+                "give the model that the program was compiled from"
+            )
+
+
+def _kept(model: str, weights: str | None) -> Literal["packed", "dense"]:
     """Only GGUF files have low-bit weights to keep; folders and hub names are dense."""
-    is_gguf = model in BUILTINS or model.endswith(".gguf")
-    return "packed" if weights == "packed" and is_gguf else "dense"
+    if weights is None:
+        is_gguf = model in BUILTINS or model.endswith(".gguf")
+        return "packed" if is_gguf else "dense"
+    return cast(Literal["packed", "dense"], weights)
 
 
 def stream(program: Program, prompt: str | list[int], params: SamplingParams) -> None:
@@ -114,8 +148,8 @@ def demo(
     max_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 64,
 ) -> None:
     """Fetch the built-in model (93 MB, once), compile it, and stream an answer."""
-    program = open_program(DEMO_MODEL, "packed", "float32", "int8", "cpu")
-    console.print(f"[bold]{prompt}[/bold]")
+    program = open_program(DEMO_MODEL, activations="int8")
+    console.print(Text(prompt, style="bold"))
     stream(program, program.chat_prompt(prompt), SamplingParams(max_tokens=max_tokens))
     console.print(program.report.table())
     console.print(times_table(program))
@@ -131,16 +165,18 @@ def generate(
     top_k: Annotated[int, typer.Option(help="0 is off")] = 0,
     top_p: Annotated[float, typer.Option(help="1 is off")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="makes sampling repeatable")] = None,
-    weights: Weights = "packed",
-    dtype: Dtype = "float32",
-    activations: Activations = "float",
-    backend: Backend = "cpu",
+    weights: Weights = None,
+    dtype: Dtype = None,
+    activations: Activations = None,
+    backend: Backend = None,
 ) -> None:
     """Generate text with a model or a saved program."""
     params = SamplingParams(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
     )
-    program = open_program(model, weights, dtype, activations, backend)
+    program = open_program(
+        model, weights=weights, dtype=dtype, activations=activations, backend=backend
+    )
     stream(program, program.chat_prompt(prompt) if chat else prompt, params)
 
 
@@ -149,17 +185,19 @@ def compile_(
     model: Model,
     out: Annotated[Path, typer.Argument(help="folder for the program, new or empty")],
     dump: Annotated[Path | None, typer.Option(help="folder for the graph after each pass")] = None,
-    weights: Weights = "packed",
-    dtype: Dtype = "float32",
-    activations: Activations = "float",
-    backend: Backend = "cpu",
+    weights: Weights = None,
+    dtype: Dtype = None,
+    activations: Activations = None,
+    backend: Backend = None,
 ) -> None:
     """Compile a model and save the program."""
-    program = open_program(model, weights, dtype, activations, backend, dump)
+    program = open_program(
+        model, weights=weights, dtype=dtype, activations=activations, backend=backend, dump=dump
+    )
     program.save(out)
     console.print(program.report.table())
     console.print(times_table(program))
-    console.print(f"saved to {out}")
+    console.print(Text(f"saved to {out}"))
 
 
 @app.command()
@@ -167,13 +205,13 @@ def inspect(
     model: Model,
     serving: Annotated[bool, typer.Option(help="the graph with the KV cache")] = False,
     text: Annotated[bool, typer.Option(help="print the whole graph text")] = False,
-    weights: Weights = "packed",
-    dtype: Dtype = "float32",
+    weights: Weights = None,
+    dtype: Dtype = None,
 ) -> None:
     """Show what is in a model's or program's graph: op counts, reasons, or the whole text."""
     from graphopt.ir.printer import print_graph
 
-    program = open_program(model, weights, dtype, "float", "reference")
+    program = open_program(model, weights=weights, dtype=dtype, backend="reference")
     graph = program.serving if serving else program.graph
     if graph is None:
         _ = program.executable
@@ -181,7 +219,7 @@ def inspect(
     if text:
         console.out(print_graph(graph), highlight=False)
         return
-    table = Table(title=f"{graph.name} ({graph.dialect}), {graph.num_calls()} ops")
+    table = Table(title=Text(f"{graph.name} ({graph.dialect}), {graph.num_calls()} ops"))
     table.add_column("op")
     table.add_column("count", justify="right")
     for op, count in graph.op_counts().most_common():
@@ -192,8 +230,41 @@ def inspect(
         reasons.add_column(heading)
     for record in program.report.passes:
         for reason, count in grouped(record.rejections):
-            reasons.add_row(record.name, reason, str(count))
-    console.print(reasons)
+            reasons.add_row(record.name, Text(reason), str(count))
+    if reasons.row_count:
+        console.print(reasons)
+        console.print(f"[dim]graphopt explain {escape(model)} says where they are[/dim]")
+
+
+@app.command()
+def explain(
+    model: Model,
+    pass_: Annotated[
+        list[str] | None, typer.Option("--pass", help="only this pass; can be repeated")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="print JSON, every candidate in it")] = False,
+    weights: Weights = None,
+    dtype: Dtype = None,
+) -> None:
+    """Show what passes did with every candidate: fused or rejected, where, why, what would help.
+
+    Without --pass, a cleanup pass that applied everything is one line.
+    """
+    if is_program(Path(model)):
+        refuse_options(model, weights=weights, dtype=dtype)
+        report = load_report(model)
+    else:
+        report = open_program(model, weights=weights, dtype=dtype, backend="reference").report
+    found = graphopt.explain(report, *(pass_ or ()))
+    if json:
+        console.out(found.to_json(), highlight=False)
+        return
+    for run in found.runs:
+        is_brief = not pass_ and run.stage == "cleanup" and run.is_complete
+        if is_brief or not run.rows:
+            console.print(Text(f"{found.title(run)}: {run.summary}"))
+        else:
+            console.print(found.run_table(run))
 
 
 @app.command()
@@ -212,5 +283,6 @@ def main() -> None:
     try:
         app()
     except GraphoptError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, markup=True)
+        text = Text.assemble(("error:", "red"), " ", str(error))
+        Console(stderr=True).print(text, highlight=False)
         sys.exit(2)

@@ -12,15 +12,25 @@ from torch.export import ExportedProgram
 
 from graphopt.capture import ModelSource, capture
 from graphopt.capture.capture import Dynamic, Example
-from graphopt.codegen.cpu.backend import BACKENDS, select
-from graphopt.errors import ExpectationError, PassError, UnsupportedError
+from graphopt.codegen.cpu.backend import select
+from graphopt.expectations import check_counts, check_names
+from graphopt.inputs import input_types, longest_sequence
 from graphopt.ir.graph import Graph
-from graphopt.models import load
+from graphopt.models import end_token_ids, load
+from graphopt.options import (
+    SERVING_PASS,
+    check_choices,
+    check_limits,
+    check_source,
+    check_threads,
+    names_in,
+    pass_names,
+)
 from graphopt.passes.instruments import DumpInstrument
 from graphopt.passes.manager import Instrument, PassManager
-from graphopt.passes.registry import all_passes, find
-from graphopt.program import KV_DTYPES, Program, ProgramOptions
-from graphopt.report import Report
+from graphopt.passes.registry import find
+from graphopt.program import Program, ProgramOptions
+from graphopt.report import Rejection, Report, grouped
 
 Serving = Literal["auto", "required", "off"]
 Activations = Literal["float", "int8"]
@@ -36,6 +46,7 @@ def compile(
     kv_dtype: str = "auto",
     serving: Serving = "auto",
     passes: Sequence[str] | None = None,
+    enable: Iterable[str] = (),
     disable: Iterable[str] = (),
     limits: Mapping[str, int] | None = None,
     expect: Mapping[str, int] | None = None,
@@ -55,20 +66,35 @@ def compile(
     serving: derive the graph with a KV cache: "auto" (when the proof holds; otherwise
         `program.refusal` says why), "required" (raise RowDependenceError), "off".
     passes: exact names of the passes to run instead of the default ones.
+    enable: exact names of passes to run as well, such as "merge_qkv", which is off by default.
     disable, limits: exact pass names to leave out; highest number of rewrites of a pass.
     expect: {"fuse_norm": 61} or {"graphopt.rms_norm": 61}: raises ExpectationError when a pass
         applied, or the graph holds, another number.
     dump: folder that receives the graph text after each pass that changed something.
     threads: of the cpu backend; default: as many as torch uses.
     """
-    _check_options(backend, activations, kv_dtype, serving, expect)
+    check_choices(backend, activations, kv_dtype, serving)
+    check_threads(backend, threads)
+    check_source(model, example, dynamic)
     report = Report()
-    names = _pipeline(passes, activations)
+    names = pass_names(passes, enable, disable, activations, serving)
+    disabled = names_in("disable", disable)
+    running = [
+        name
+        for name in names
+        if name not in disabled and (serving != "off" or find(name).stage != "cache")
+    ]
+    chosen_limits = check_limits(limits, running)
+    expected = {} if expect is None else expect
+    check_names(expected, running)
     watchers = [*instruments, *([] if dump is None else [DumpInstrument(Path(dump))])]
     forward_names = [name for name in names if find(name).stage != "cache"]
-    serving_names = [name for name in names if find(name).stage == "cache"]
+    serving_names = [name for name in running if find(name).stage == "cache"]
     pipeline = PassManager(
-        forward_names, disable=disable, limits=_of(limits, forward_names), instruments=watchers
+        forward_names,
+        disable=disabled,
+        limits=_of(chosen_limits, forward_names),
+        instruments=watchers,
     )
     start = time.perf_counter()
     source = load(model) if isinstance(model, str) else model
@@ -86,17 +112,21 @@ def compile(
     start = time.perf_counter()
     pipeline.run(graph, report)
     serving_graph, refusal = None, None
-    if serving != "off" and serving_names:
+    if serving_names:
         serving_graph = graph.copy()
-        PassManager(serving_names, limits=_of(limits, serving_names), instruments=watchers).run(
-            serving_graph, report
-        )
+        PassManager(
+            serving_names, limits=_of(chosen_limits, serving_names), instruments=watchers
+        ).run(serving_graph, report)
         if serving_graph.dialect != "serving":
             serving_graph = None
             refusals = report.rejections("insert_kv_cache")
             refusal = refusals[-1] if refusals else None
+    else:
+        refusal = _not_asked(serving)
     report.seconds["passes"] = time.perf_counter() - start
-    _check_expectations(expect or {}, graph, report)
+    check_counts(expected, graph, serving_graph, report)
+    if activations == "int8" and not report.sites("quantize_activations"):
+        report.note(_why_not_int8(report))
 
     start = time.perf_counter()
     described = source if isinstance(source, ModelSource) else None
@@ -104,8 +134,8 @@ def compile(
         name=graph.name,
         backend=backend,
         kv_dtype=kv_dtype,
-        max_context=_max_context(source),
-        eos_token_ids=described.eos_token_ids if described else _eos(source),
+        max_context=_max_context(source, graph),
+        eos_token_ids=described.eos_token_ids if described else end_token_ids(source),
     )
     tokenizer = described.tokenizer if described else None
     if isinstance(model, str):
@@ -120,54 +150,27 @@ def compile(
     return program
 
 
-def _check_options(
-    backend: str, activations: str, kv_dtype: str, serving: str, expect: Mapping[str, int] | None
-) -> None:
-    choices: dict[str, tuple[str, tuple[str, ...]]] = {
-        "backend": (backend, BACKENDS),
-        "activations": (activations, ("float", "int8")),
-        "kv_dtype": (kv_dtype, tuple(KV_DTYPES)),
-        "serving": (serving, ("auto", "required", "off")),
-    }
-    for option, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise UnsupportedError(f"{option}={value!r} is not supported; supported: {allowed}")
-    for name in expect or {}:
-        if "." not in name:
-            find(name)
+def _of(limits: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
+    return {name: limit for name, limit in limits.items() if name in names}
 
 
-def _pipeline(passes: Sequence[str] | None, activations: str) -> list[str]:
-    if passes is not None:
-        for name in passes:
-            find(name)
-        return list(passes)
-    chosen = [name for name, cls in all_passes().items() if cls.tier.kind != "approximate"]
-    return [*chosen, "quantize_activations"] if activations == "int8" else chosen
+def _not_asked(serving: str) -> Rejection:
+    """Why there is no serving graph when nobody wanted one."""
+    if serving == "off":
+        text, mend = "it was compiled with serving='off'", "compile with serving='auto'"
+        return Rejection("serving-off", text, "", "", "", mend)
+    text = f"it was compiled with passes= that leave out {SERVING_PASS!r}"
+    return Rejection("pass-left-out", text, "", "", "", f"add {SERVING_PASS!r} to passes=")
 
 
-def _of(limits: Mapping[str, int] | None, names: Sequence[str]) -> dict[str, int]:
-    for name in limits or {}:
-        find(name)
-    return {name: limit for name, limit in (limits or {}).items() if name in names}
-
-
-def _check_expectations(expect: Mapping[str, int], graph: Graph, report: Report) -> None:
-    ops = graph.op_counts()
-    ran = {record.name for record in report.passes}
-    for name, wanted in expect.items():
-        found = ops[name] if "." in name else report.sites(name)
-        if found == wanted:
-            continue
-        text = f"expected {wanted} of {name}, found {found}"
-        if "." not in name:
-            if name not in ran:
-                raise PassError(f"expect names {name!r}, which did not run")
-            reasons = report.rejections(name)
-            text += f"; rejected {len(reasons)}"
-            if reasons:
-                text += f", first: {reasons[0].text} ({reasons[0].source}) [{reasons[0].code}]"
-        raise ExpectationError(text)
+def _why_not_int8(report: Report) -> str:
+    reasons = grouped(report.rejections("quantize_activations"))
+    why = (
+        f"every low-bit layer was left alone ({reasons[0][0]})"
+        if reasons
+        else "the model has no low-bit layers; load a GGUF file with weights='packed'"
+    )
+    return f"activations='int8' changed nothing: {why}"
 
 
 def _module_config(source: Any) -> Any:
@@ -175,13 +178,8 @@ def _module_config(source: Any) -> Any:
     return getattr(module, "config", None)
 
 
-def _max_context(source: Any) -> int | None:
-    limit = getattr(_module_config(source), "max_position_embeddings", None)
-    return int(limit) if isinstance(limit, int) else None
-
-
-def _eos(source: Any) -> tuple[int, ...]:
-    token = getattr(_module_config(source), "eos_token_id", None)
-    if isinstance(token, int):
-        return (token,)
-    return tuple(token) if isinstance(token, (list, tuple)) else ()
+def _max_context(source: Any, graph: Graph) -> int | None:
+    """The smaller of what the configuration says and what the capture found."""
+    stated = getattr(_module_config(source), "max_position_embeddings", None)
+    found = longest_sequence(input_types(graph))
+    return min((n for n in (stated, found) if isinstance(n, int)), default=None)

@@ -6,6 +6,9 @@ refuses and nothing else.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class GraphoptError(Exception):
     """Base of every error raised on purpose by graphopt."""
@@ -39,6 +42,10 @@ class PassError(GraphoptError):
     """A pass could not be run: unknown name, unmet requirement, cycle in the declared order."""
 
 
+class NoRecordError(PassError):
+    """`explain` was asked about passes of which there is no record; the text says what there is."""
+
+
 class RowDependenceError(PassError):
     """An op outside attention mixes token rows, so no KV cache can be inserted."""
 
@@ -61,3 +68,9 @@ class RequestError(GraphoptError):
 
 class CapacityError(RequestError):
     """A request that could never fit into the KV cache, or the queue is full."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'x'?" when one of `known` is spelled like `name`, else ""."""
+    close = difflib.get_close_matches(name, sorted(set(known)), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

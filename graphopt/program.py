@@ -6,19 +6,23 @@ folder of text, safetensors and a manifest: no pickle anywhere.
 
 from __future__ import annotations
 
+import inspect
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from graphopt.codegen.backend import Backend, ForwardExecutable, ServingExecutable
-from graphopt.errors import RequestError, RowDependenceError, UnsupportedError
+from graphopt.errors import RequestError, RowDependenceError, did_you_mean
+from graphopt.inputs import check_inputs, input_types
 from graphopt.ir.graph import Graph
 from graphopt.report import Rejection, Report
 from graphopt.runtime import Completion, Engine, SamplingParams, TokenEvent
+from graphopt.runtime.request import sampling_params
 
 KV_DTYPES = {
     "auto": None,
@@ -62,6 +66,7 @@ class Program:
         self.graph, self.serving, self.refusal = graph, serving, refusal
         self.options, self.report, self.tokenizer = options, report, tokenizer
         self._backend = backend
+        self._input_types = input_types(graph)
         self._forward: ForwardExecutable | None = None
         self._serving: ServingExecutable | None = None
         if serving is not None:
@@ -81,7 +86,7 @@ class Program:
 
     def _why_no_serving(self) -> str:
         if self.refusal is None:
-            return f"{self.options.name} was compiled with serving='off'"
+            return f"{self.options.name} was saved without a graph that has a KV cache"
         place = f" at {self.refusal.source}" if self.refusal.source else ""
         layer = f" in {self.refusal.layer}" if self.refusal.layer else ""
         return (
@@ -93,29 +98,25 @@ class Program:
         """Logits `[B, S, V]` for ids `[B, S]`, like the model's forward.
 
         Models with other inputs (a padding mask) take them in the captured order or by name.
-        Raises RequestError when inputs are missing, unknown, or ids are out of range.
+        Raises RequestError when inputs are missing, unknown, of another dtype or shape than the
+        graph was captured for, or ids are out of range.
         """
         names = [spec.name for spec in self.graph.inputs]
         values = _bind(names, inputs, named)
-        if self._serving is not None and len(values) == 1:
-            return self._paged_logits(values[0])
-        if self._forward is None:
-            self._forward = self._backend.lower(self._with_weights(self.graph))
-        outputs = self._forward(*values)
+        check_inputs(self._input_types, values)
+        try:
+            if self._serving is not None and len(values) == 1:
+                return self._paged_logits(values[0])
+            if self._forward is None:
+                self._forward = self._backend.lower(self._with_weights(self.graph))
+            outputs = self._forward(*values)
+        except IndexError as error:
+            # Positions that the graph computes are known only as it runs.
+            raise RequestError(f"an id or a position is outside its table: {error}") from error
         return outputs[0] if len(outputs) == 1 else outputs
 
     def _paged_logits(self, ids_BS: Tensor) -> Tensor:
-        if ids_BS.ndim != 2 or ids_BS.dtype != torch.int64 or ids_BS.numel() == 0:
-            raise RequestError(
-                f"ids must be a non-empty int64 [batch, sequence], got {ids_BS.dtype} "
-                f"{tuple(ids_BS.shape)}"
-            )
         executable = self.executable
-        low, high = int(ids_BS.min()), int(ids_BS.max())
-        if low < 0 or high >= executable.vocab_size:
-            raise RequestError(
-                f"token ids must be 0..{executable.vocab_size - 1}, got {low}..{high}"
-            )
         batch, length = ids_BS.shape
         if executable.max_context is not None and length > executable.max_context:
             raise RequestError(f"{length} tokens, the model takes {executable.max_context}")
@@ -138,31 +139,47 @@ class Program:
         return logits.view(batch, length, -1)
 
     def engine(self, **options: Any) -> Engine:
-        """A generation engine over this program; options as in `graphopt.runtime.Engine`."""
+        """A generation engine over this program; options as in `graphopt.runtime.Engine`.
+
+        Raises RequestError for options that do not exist or are out of range.
+        """
+        known = [
+            name
+            for name, parameter in inspect.signature(Engine).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        ]
+        for name in options:
+            if name not in known:
+                raise RequestError(
+                    f"the engine has no option {name!r}; there are {', '.join(known)}"
+                    + did_you_mean(name, known)
+                )
         return Engine(self.executable, self.tokenizer, self.options.eos_token_ids, **options)
 
     def generate(
         self,
-        prompts: str | Sequence[int] | Sequence[str | Sequence[int]],
-        params: SamplingParams | None = None,
+        prompts: str | Sequence[int] | Tensor | Sequence[str | Sequence[int] | Tensor],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
         **sampling: Any,
     ) -> list[Completion]:
         """Complete one prompt or several, batched together.
 
-        Sampling settings come as `params` or as its fields (`max_tokens=64, temperature=0.7`).
+        A prompt is a text, or token ids as a list, a tensor or an array of one dimension.
+        Sampling settings come as `params` (one for all, or one a prompt) or as its fields
+        (`max_tokens=64, temperature=0.7`).
         """
-        if params is not None and sampling:
-            raise UnsupportedError("give params or its fields, not both")
-        many: list[Any] = [prompts] if _is_one_prompt(prompts) else list(prompts)
-        return self.engine().generate(many, params or SamplingParams(**sampling))
+        chosen = sampling_params(params, sampling)
+        return self.engine().generate(_prompts(prompts), chosen)
 
     def stream(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, **sampling: Any
+        self,
+        prompt: str | Sequence[int] | Tensor,
+        params: SamplingParams | None = None,
+        **sampling: Any,
     ) -> Iterator[TokenEvent]:
         """Complete one prompt, token by token."""
-        if params is not None and sampling:
-            raise UnsupportedError("give params or its fields, not both")
-        return self.engine().stream(prompt, params or SamplingParams(**sampling))
+        chosen = sampling_params(params, sampling)
+        return self.engine().stream(cast(Any, prompt), chosen)
 
     def chat_prompt(self, message: str) -> list[int]:
         """Token ids of a user message in the model's chat template."""
@@ -194,8 +211,19 @@ class Program:
         save_program(self, Path(folder))
 
 
-def _is_one_prompt(prompts: Any) -> bool:
-    return isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
+def _prompts(prompts: Any) -> list[Any]:
+    """One prompt or several as a list of prompts; the engine checks each."""
+    if isinstance(prompts, str) or hasattr(prompts, "tolist"):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise RequestError(
+            "generate takes a text, a sequence of token ids, or a list of those, not "
+            f"{type(prompts).__name__}"
+        )
+    is_one = len(prompts) > 0 and (
+        isinstance(prompts[0], numbers.Integral) or getattr(prompts[0], "ndim", None) == 0
+    )
+    return [prompts] if is_one else list(prompts)
 
 
 def _bind(
@@ -206,7 +234,10 @@ def _bind(
     values = dict(zip(names, inputs, strict=False))
     for name, value in named.items():
         if name not in names:
-            raise RequestError(f"no input called {name!r}; the program takes {list(names)}")
+            raise RequestError(
+                f"no input called {name!r}; the program takes {list(names)}"
+                + did_you_mean(name, names)
+            )
         if name in values:
             raise RequestError(f"input {name!r} is given twice")
         values[name] = value

@@ -1,18 +1,22 @@
 """What happened, as data: one record a pass, one reason a rejected candidate, one logger.
 
-Passes never print. The CLI, `explain`, dumps and tests all read the same `Report`.
+Passes never print. The CLI, `explain`, dumps and tests all read the same `Report`. A report goes to
+JSON and back, so that a saved program keeps its own.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from rich.table import Table
 
 LOGGER = logging.getLogger("graphopt")
+LIMIT = "limit"
+"""Code of the candidates that match and were left alone because of `limits=`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,34 +37,85 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One applied rewrite, numbered within its pass: `fuse_attention#7`."""
+    """One applied rewrite, numbered within its pass: `fuse_attention#7`.
+
+    replaced: ops of the calls that were in the graph before and that this rewrite removed or left
+    unused. made: ops of the calls it put in their place, in order. Both are empty for a pass that
+    builds a whole new graph. remark: what the rewrite left behind, and why ("" for nothing).
+    """
 
     name: str
     layer: str
     source: str
+    replaced: tuple[str, ...] = ()
+    made: tuple[str, ...] = ()
+    remark: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Absorbed:
+    """What became of a candidate that an earlier rewrite of the same pass removed.
+
+    site: that rewrite.
+    """
+
+    site: str
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A node that a pass considered, and what became of it.
+
+    node, op: its name and op; layer, source: where it is, "" where that is not known.
+    """
+
+    node: str
+    op: str
+    layer: str
+    source: str
+    result: Site | Rejection | Absorbed
 
 
 @dataclass(frozen=True, slots=True)
 class PassRecord:
-    """One pass of one run. `op_delta`: op name -> change of its count; times in milliseconds."""
+    """One pass of one run. `op_delta`: op name -> change of its count; times in milliseconds.
+
+    candidates: everything the pass considered, each node once, in the pass's order.
+    limit: how many rewrites it was allowed, None for any number.
+    """
 
     name: str
+    stage: str
     milliseconds: float
     verify_milliseconds: float
-    sites: tuple[Site, ...]
-    rejections: tuple[Rejection, ...]
+    candidates: tuple[Candidate, ...]
     nodes_before: int
     nodes_after: int
     op_delta: Counter[str]
+    limit: int | None = None
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The rewrites that were applied."""
+        return tuple(c.result for c in self.candidates if isinstance(c.result, Site))
+
+    @property
+    def rejections(self) -> tuple[Rejection, ...]:
+        """The candidates left alone, those beyond the limit too."""
+        return tuple(c.result for c in self.candidates if isinstance(c.result, Rejection))
 
 
 @dataclass(slots=True)
 class Report:
-    """The record of one compilation: stages outside the passes in seconds, then the passes."""
+    """The record of one compilation: stages outside the passes in seconds, then the passes.
+
+    disabled: passes that the user turned off.
+    """
 
     passes: list[PassRecord] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    disabled: list[str] = field(default_factory=list)
 
     def sites(self, pass_name: str) -> int:
         """Number of rewrites a pass applied, over all its runs."""
@@ -74,6 +129,37 @@ class Report:
         """Remember and log something a user should know (a fallback, a skipped step)."""
         self.notes.append(text)
         LOGGER.warning(text)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the passes did, in plain values. Seconds and notes, which belong to the machine
+        that compiled, are left out."""
+        return {
+            "disabled": list(self.disabled),
+            "passes": [
+                {
+                    **{name: getattr(record, name) for name in _PLAIN},
+                    "op_delta": dict(record.op_delta),
+                    "candidates": [_candidate_to_dict(c) for c in record.candidates],
+                }
+                for record in self.passes
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Back from `to_dict`. Raises KeyError, TypeError, ValueError or AttributeError for
+        anything else."""
+        return cls(
+            passes=[
+                PassRecord(
+                    **{name: entry[name] for name in _PLAIN},
+                    op_delta=Counter(entry["op_delta"]),
+                    candidates=tuple(_candidate_from_dict(c) for c in entry["candidates"]),
+                )
+                for entry in data["passes"]
+            ],
+            disabled=list(data["disabled"]),
+        )
 
     def table(self) -> Table:
         """The table the CLI prints: pass, ms, sites, nodes before and after."""
@@ -95,3 +181,34 @@ class Report:
 def grouped(rejections: Sequence[Rejection]) -> list[tuple[str, int]]:
     """Reason texts with how often each occurs, most frequent first."""
     return Counter(f"{r.code}: {r.text}" for r in rejections).most_common()
+
+
+_PLAIN = (
+    "name",
+    "stage",
+    "milliseconds",
+    "verify_milliseconds",
+    "nodes_before",
+    "nodes_after",
+    "limit",
+)
+_RESULTS: dict[str, Callable[..., Site | Rejection | Absorbed]] = {
+    "site": Site,
+    "rejection": Rejection,
+    "absorbed": Absorbed,
+}
+
+
+def _candidate_to_dict(candidate: Candidate) -> dict[str, Any]:
+    kind = type(candidate.result).__name__.lower()
+    plain = {name: getattr(candidate, name) for name in ("node", "op", "layer", "source")}
+    return {**plain, kind: asdict(candidate.result)}
+
+
+def _candidate_from_dict(data: Mapping[str, Any]) -> Candidate:
+    rest = dict(data)
+    (kind,) = _RESULTS.keys() & rest.keys()
+    result: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in rest.pop(kind).items()
+    }
+    return Candidate(**rest, result=_RESULTS[kind](**result))

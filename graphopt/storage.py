@@ -3,6 +3,7 @@
     folder/manifest.json        format, versions, options, sha256 of every other file
            forward.gir          the optimised forward
            serving.gir          the graph with the KV cache (absent when there is none)
+           report.json          what every pass did with every candidate, for `explain`
            weights.safetensors  every weight once, by name
            tokenizer/           as transformers saves it (absent for models without one)
 
@@ -11,12 +12,11 @@ Loading checks every hash before anything is read.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-import graphopt
 from graphopt.codegen.cpu.backend import select
 from graphopt.errors import ProgramFormatError
 from graphopt.ir.parser import parse_graph
 from graphopt.ir.printer import print_graph
-from graphopt.program import Program, ProgramOptions
-from graphopt.report import Rejection, Report
+from graphopt.manifest import (
+    FORWARD,
+    MANIFEST,
+    SERVING,
+    WEIGHTS,
+    read_manifest,
+    write_manifest,
+)
+from graphopt.options import check_threads
+from graphopt.program import Program
+from graphopt.report import Report
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-WEIGHTS = "weights.safetensors"
+REPORT = "report.json"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -48,6 +54,9 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 
 
@@ -60,14 +69,23 @@ def save_program(program: Program, folder: Path) -> None:
     """Write `program` to `folder`, which must be new or empty.
 
     Everything is written beside it first and renamed at the end: an interrupted save leaves no
-    half program. Raises ProgramFormatError for a folder that holds something.
+    half program. Raises ProgramFormatError for a folder that holds something or cannot be written,
+    and for weights of a kind that a program cannot store.
     """
+    weights = _storable(program)
+    try:
+        _save(program, weights, folder)
+    except (OSError, SafetensorError) as error:
+        raise ProgramFormatError(f"{folder} could not be written: {error}") from error
+
+
+def _save(program: Program, weights: dict[str, Tensor], folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ProgramFormatError(f"{folder} exists and is not an empty folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        _write(program, scratch)
+        _write(program, weights, scratch)
         if folder.exists():
             folder.rmdir()
         scratch.rename(folder)
@@ -76,27 +94,30 @@ def save_program(program: Program, folder: Path) -> None:
         raise
 
 
-def _write(program: Program, folder: Path) -> None:
+def _storable(program: Program) -> dict[str, Tensor]:
     weights = dict(program.weights())
-    missing = [name for name, data in weights.items() if data.device.type == "meta"]
-    if missing:
-        raise ProgramFormatError(f"weight {missing[0]!r} has no data to save")
-    save_file({n: t.contiguous() for n, t in _unshared(weights).items()}, folder / WEIGHTS)
-    (folder / "forward.gir").write_text(print_graph(program.graph))
+    for name, data in weights.items():
+        if data.device.type == "meta":
+            raise ProgramFormatError(f"weight {name!r} has no data to save")
+        if data.dtype not in _DTYPES.values() or data.layout != torch.strided:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES.values())
+            raise ProgramFormatError(
+                f"weight {name!r} is {data.dtype} ({data.layout}), which a program cannot store; "
+                f"it can: dense {known}"
+            )
+    return weights
+
+
+def _write(program: Program, weights: dict[str, Tensor], folder: Path) -> None:
+    dense = {name: t.resolve_conj().contiguous() for name, t in _unshared(weights).items()}
+    save_file(dense, folder / WEIGHTS)
+    (folder / FORWARD).write_text(print_graph(program.graph), encoding="utf-8")
     if program.serving is not None:
-        (folder / "serving.gir").write_text(print_graph(program.serving))
+        (folder / SERVING).write_text(print_graph(program.serving), encoding="utf-8")
+    (folder / REPORT).write_text(json.dumps(program.report.to_dict()))
     if program.tokenizer is not None:
         program.tokenizer.save_pretrained(folder / "tokenizer")
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    manifest = {
-        "format": FORMAT,
-        "graphopt": graphopt.__version__,
-        "torch": torch.__version__,
-        "options": asdict(program.options),
-        "refusal": None if program.refusal is None else asdict(program.refusal),
-        "files": {p.relative_to(folder).as_posix(): _sha256(p) for p in files},
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    write_manifest(program, folder)
 
 
 def _unshared(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -120,32 +141,65 @@ def load_program(
     """
     start = time.perf_counter()
     path = Path(folder)
-    manifest = check_manifest(path)
-    options = ProgramOptions(
-        **{
-            **manifest["options"],
-            "eos_token_ids": tuple(manifest["options"]["eos_token_ids"]),
-            **({} if backend is None else {"backend": backend}),
-        }
-    )
-    refusal = None if manifest["refusal"] is None else Rejection(**manifest["refusal"])
+    manifest = read_manifest(path)
+    options = manifest.options
+    if backend is not None:
+        options = replace(options, backend=backend)
+    check_threads(options.backend, threads)
     weights = mapped_weights(path / WEIGHTS)
-    graph = parse_graph((path / "forward.gir").read_text(), weights)
-    serving_text = path / "serving.gir"
-    serving = parse_graph(serving_text.read_text(), weights) if serving_text.exists() else None
-    report = Report()
+    graph = parse_graph(_text(path / FORWARD), weights)
+    graph.limits = manifest.limits
+    serving = parse_graph(_text(path / SERVING), weights) if manifest.serving else None
+    report = _read_report(path)
     report.seconds["read"] = time.perf_counter() - start
-    tokenizer = None
-    if (path / "tokenizer").is_dir():
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(path / "tokenizer")
+    tokenizer = _read_tokenizer(path / "tokenizer")
     lowering = time.perf_counter()
     chosen = select(options.backend, report, threads)
     del weights
-    program = Program(graph, serving, refusal, options, chosen, report, tokenizer)
+    program = Program(graph, serving, manifest.refusal, options, chosen, report, tokenizer)
     report.seconds["lower"] = time.perf_counter() - lowering
     return program
+
+
+def load_report(folder: str | Path) -> Report:
+    """The report of a saved program, without loading the program.
+
+    Empty for a program that was saved before reports were. Raises ProgramFormatError as
+    `load_program` does.
+    """
+    read_manifest(Path(folder))
+    return _read_report(Path(folder))
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise ProgramFormatError(f"{file} is damaged: {error!r}") from error
+
+
+def _read_tokenizer(folder: Path) -> Any:
+    if not folder.is_dir():
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
+    # transformers raises whatever its parsers do.
+    except Exception as error:
+        raise ProgramFormatError(f"the tokenizer in {folder} is damaged: {error!r}") from error
+
+
+def _read_report(folder: Path) -> Report:
+    file = folder / REPORT
+    if not file.exists():
+        return Report()
+    try:
+        return Report.from_dict(json.loads(file.read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ProgramFormatError(f"{file} is damaged: {error!r}") from error
 
 
 def mapped_weights(path: Path) -> dict[str, Tensor]:
@@ -165,6 +219,8 @@ def mapped_weights(path: Path) -> dict[str, Tensor]:
     weights = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
+        if entry["dtype"] not in _DTYPES:
+            raise ProgramFormatError(f"{path} holds {name!r} of unknown type {entry['dtype']!r}")
         dtype = _DTYPES[entry["dtype"]]
         if begin == end:
             weights[name] = torch.empty(entry["shape"], dtype=dtype)
@@ -173,37 +229,3 @@ def mapped_weights(path: Path) -> dict[str, Tensor]:
         mapping = np.memmap(path, np.uint8, "c", offset=8 + length + begin, shape=end - begin)
         weights[name] = torch.from_numpy(mapping).view(dtype).view(entry["shape"])
     return weights
-
-
-def check_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, after every file was found to be what it says."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        listed: dict[str, str] = manifest["files"]
-        version = manifest["format"]
-        _ = manifest["options"]["eos_token_ids"], manifest["refusal"]
-    except FileNotFoundError:
-        raise ProgramFormatError(f"{folder} is no saved program: {MANIFEST} is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ProgramFormatError(f"{folder / MANIFEST} is damaged: {error!r}") from error
-    if version != FORMAT:
-        raise ProgramFormatError(f"{folder} has format {version}, this graphopt reads {FORMAT}")
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {
-        MANIFEST
-    }
-    for name in sorted(present - set(listed)):
-        raise ProgramFormatError(f"{folder / name} is not listed in the manifest")
-    for name, expected in listed.items():
-        if name not in present:
-            raise ProgramFormatError(f"{folder / name} is missing")
-        if _sha256(folder / name) != expected:
-            raise ProgramFormatError(f"{folder / name} was altered: its sha256 differs")
-    for name in ("forward.gir", WEIGHTS):
-        if name not in listed:
-            raise ProgramFormatError(f"{folder} is incomplete: {name} is missing")
-    return dict(manifest)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

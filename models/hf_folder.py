@@ -14,8 +14,13 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from graphopt.capture.source import ModelSource
 from graphopt.config import Config
@@ -54,12 +59,13 @@ def load_folder(folder: Path, *, name: str, dtype: torch.dtype) -> ModelSource:
     """Load a local folder. Raises ModelNotFoundError, WeightFormatError, UnsupportedError."""
     _check_files(folder)
     config = _read_config(folder)
+    tokenizer = _read_tokenizer(folder)
     module = _read_module(folder, config, dtype)
     return ModelSource(
         module=module.eval(),
         name=name,
-        tokenizer=_read_tokenizer(folder),
-        eos_token_ids=_end_token_ids(module),
+        tokenizer=tokenizer,
+        eos_token_ids=end_token_ids(module),
         dtype=dtype,
     )
 
@@ -84,13 +90,18 @@ def _check_files(folder: Path) -> None:
 def _read_config(folder: Path) -> PretrainedConfig:
     try:
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # UnicodeDecodeError and JSONDecodeError are both of this kind.
+    except ValueError as error:
+        raise WeightFormatError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise WeightFormatError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    try:
         return AutoConfig.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )
-    except json.JSONDecodeError as error:
-        raise WeightFormatError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
-    except (ValueError, OSError, KeyError) as error:
-        if "auto_map" in settings:
+    # Every configuration class checks its own values and raises what it likes.
+    except Exception as error:
+        if isinstance(settings, dict) and "auto_map" in settings:
             raise UnsupportedError(
                 f"the configuration of {folder} wants code of its own ({settings['auto_map']}); "
                 "graphopt never sets trust_remote_code. Build the module yourself and pass it to "
@@ -98,14 +109,12 @@ def _read_config(folder: Path) -> PretrainedConfig:
             ) from error
         raise UnsupportedError(
             f"transformers {transformers.__version__} cannot read the configuration of {folder}: "
-            f"{_first_line(error)}"
+            f"{_one_line(error)}"
         ) from error
 
 
 def _read_module(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Any:
-    names = getattr(config, "architectures", None) or [""]
-    # What was saved decides the head; only a folder that does not say gets a language model head.
-    model_class = getattr(transformers, names[0], AutoModelForCausalLM)
+    model_class = _model_class(folder, config)
     try:
         module, report = model_class.from_pretrained(
             str(folder),
@@ -117,7 +126,8 @@ def _read_module(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> 
             # Refused below, by name; transformers' own error does not say which.
             ignore_mismatched_sizes=True,
         )
-    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+    # Models are built here too, each with checks of its own.
+    except Exception as error:
         raise WeightFormatError(f"the weights of {folder} could not be read: {error}") from error
     problems = [
         f"{kind} {sorted(map(str, report[key]))}"
@@ -135,22 +145,49 @@ def _read_module(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> 
     return module
 
 
+def _model_class(folder: Path, config: PretrainedConfig) -> Any:
+    """What was saved decides the head. A folder that does not say, or that names a class which
+    transformers does not have, gets a language model head; its tensors must fit that."""
+    names = getattr(config, "architectures", None) or [""]
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise WeightFormatError(
+            f"{folder / 'config.json'} has architectures={names!r}; it must be a list of class "
+            "names, such as ['LlamaForCausalLM']"
+        )
+    named = getattr(transformers, names[0], None)
+    is_model = isinstance(named, type) and issubclass(named, PreTrainedModel)
+    return named if is_model else AutoModelForCausalLM
+
+
 def _read_tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
-    return AutoTokenizer.from_pretrained(
-        str(folder), trust_remote_code=False, local_files_only=True
-    )
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
+    # transformers raises whatever its parsers do.
+    except Exception as error:
+        raise WeightFormatError(
+            f"the tokenizer of {folder} could not be read: {_one_line(error)}. Mend its files, or "
+            "remove them to use the model with token ids"
+        ) from error
 
 
-def _end_token_ids(module: Any) -> tuple[int, ...]:
-    generation = getattr(module, "generation_config", None)
-    ids = getattr(generation, "eos_token_id", None)
-    if ids is None:
-        ids = getattr(module.config, "eos_token_id", None)
-    if ids is None:
-        return ()
-    return tuple(sorted(ids)) if isinstance(ids, list) else (int(ids),)
+def end_token_ids(module: Any) -> tuple[int, ...]:
+    """Tokens that end a Hugging Face module's text, as its own `generate` takes them: those of the
+    generation configuration, else of the configuration. Empty for other modules."""
+    for settings in ("generation_config", "config"):
+        ids = getattr(getattr(module, settings, None), "eos_token_id", None)
+        if isinstance(ids, int):
+            return (ids,)
+        if isinstance(ids, (list, tuple)):
+            return tuple(sorted(int(token) for token in ids))
+    return ()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _first_line(error: BaseException) -> str:

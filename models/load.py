@@ -26,6 +26,10 @@ from graphopt.models.gguf_model import load_gguf
 from graphopt.models.hf_folder import fetch_hub_folder, load_folder
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ACCEPTED = (
+    "Accepted: a folder with config.json and *.safetensors, a .gguf file, a Hugging Face hub name "
+    f"like org/name, or a built-in name: {', '.join(BUILTINS)}"
+)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -51,8 +55,10 @@ def load(
     if weights not in ("dense", "packed"):
         raise UnsupportedError(f"weights={weights!r}; 'dense' or 'packed'")
     config = Config.from_environment() if config is None else config
-    name = os.fspath(ref)
-    path = Path(name).expanduser()
+    name = ref if isinstance(ref, str) else os.fspath(ref) if isinstance(ref, os.PathLike) else ""
+    if not name or not isinstance(name, str):
+        raise ModelNotFoundError(f"{ref!r} is no model. {_ACCEPTED}")
+    path = _expanded(name)
     if name in BUILTINS:
         file = fetch_builtin(name, config)
         return load_gguf(file, name=name, dtype=dtype, weights=weights, config=config)
@@ -65,10 +71,15 @@ def load(
         _refuse_packed(weights, name)
         return load_folder(fetch_hub_folder(name, config), name=name, dtype=dtype)
     state = "is a file but not a .gguf one" if path.exists() else "does not exist as a path"
-    raise ModelNotFoundError(
-        f"{name!r} {state}. Accepted: a folder with config.json and *.safetensors, a .gguf file, a "
-        f"Hugging Face hub name like org/name, or a built-in name: {', '.join(BUILTINS)}"
-    )
+    raise ModelNotFoundError(f"{name!r} {state}. {_ACCEPTED}")
+
+
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        # "~somebody" without a home folder.
+        return Path(name)
 
 
 def _refuse_packed(weights: str, name: str) -> None:

@@ -5,22 +5,24 @@
     rewrite(builder, bound) -> nodes changed through the builder
 
 Metadata is declared on the class and read by the manager: nothing about a pass is implied by the
-position of its file or of its call. A candidate that `check` turns down is recorded with its
-reason; every applied rewrite has a site number.
+position of its file or of its call. Every candidate is recorded once: as a site with its number, as
+rejected with the reason of `check`, or as absorbed by an earlier site.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from torch import fx
 
 from graphopt.ir.builder import GraphBuilder
-from graphopt.ir.graph import Graph
-from graphopt.report import Rejection, Site
+from graphopt.ir.clean import remove_dead
+from graphopt.ir.graph import Graph, op_name
+from graphopt.passes.changes import watched
+from graphopt.report import LIMIT, Absorbed, Candidate, Rejection, Site
 
 Stage = Literal["cleanup", "fuse", "architecture", "cache", "quantize", "distribute", "lower"]
 STAGES: tuple[Stage, ...] = (
@@ -77,6 +79,8 @@ class Pass(ABC, Generic[Bindings]):
     preserves: ClassVar[tuple[str, ...]] = ()
     required: ClassVar[bool] = False
     """A required pass is never skipped by limits, disabling or bisection."""
+    default: ClassVar[bool] = True
+    """A pass that is off by default runs only where it is asked for by name."""
 
     @abstractmethod
     def match(self, graph: Graph) -> Iterable[fx.Node]:
@@ -88,47 +92,60 @@ class Pass(ABC, Generic[Bindings]):
 
     @abstractmethod
     def rewrite(self, builder: GraphBuilder, bound: Bindings) -> None:
-        """Apply it. The manager removes what became dead."""
+        """Apply it. `run_pass` removes what became dead."""
+
+    def remark(self, bound: Bindings) -> str:
+        """What an applied rewrite leaves behind, and why, for `explain`; "" for nothing."""
+        del bound
+        return ""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What one run of a pass did."""
+def run_pass(pass_: Pass[Any], graph: Graph, limit: int | None = None) -> tuple[Candidate, ...]:
+    """Match, check and rewrite until the candidates are used up; then remove what became dead.
 
-    sites: tuple[Site, ...]
-    rejections: tuple[Rejection, ...]
-
-
-def run_pass(pass_: Pass[Any], graph: Graph, limit: int | None = None) -> Outcome:
-    """Match, check and rewrite until the candidates are used up.
-
-    limit: apply at most this many rewrites; candidates beyond it are left alone.
+    limit: apply at most this many rewrites. Candidates beyond it are still checked, and those that
+        match are recorded as rejected with the code `limit`; 0 changes nothing that was alive.
+    Returns every candidate once, in the order of `match`.
     """
     builder = GraphBuilder(graph)
-    sites: list[Site] = []
-    rejections: list[Rejection] = []
-    for node in list(pass_.match(graph)):
-        if limit is not None and len(sites) >= limit:
-            break
-        if node.graph is not graph.fx_graph or node._erased:
-            continue
-        bound = pass_.check(graph, node)
-        layer, source = node.meta.get("layer", ""), node.meta.get("source", "")
-        if isinstance(bound, Reject):
-            blocker = bound.node
-            rejections.append(
-                Rejection(
-                    bound.code,
-                    bound.text,
-                    blocker.name,
-                    blocker.meta.get("layer", "") or layer,
-                    blocker.meta.get("source", "") or source,
-                    bound.mend,
-                )
-            )
-            continue
-        site = f"{pass_.name}#{len(sites)}"
-        with builder.at(node, site):
-            pass_.rewrite(builder, bound)
-        sites.append(Site(site, layer, source))
-    return Outcome(tuple(sites), tuple(rejections))
+    found: dict[fx.Node, Candidate] = {}
+    site_nodes: dict[str, fx.Node] = {}
+    with watched(graph) as changes:
+        for node in dict.fromkeys(pass_.match(graph)):
+            layer, source = node.meta.get("layer", ""), node.meta.get("source", "")
+            result: Site | Rejection | Absorbed
+            if node.graph is not graph.fx_graph or node in changes.erased_by:
+                result = Absorbed(changes.erased_by.get(node) or list(site_nodes)[-1])
+            elif isinstance(bound := pass_.check(graph, node), Reject):
+                result = _rejection(bound, layer, source)
+            elif limit is not None and len(site_nodes) >= limit:
+                text = f"the limit of {limit} rewrites was reached"
+                mend = f"raise or drop limits={{{pass_.name!r}: {limit}}}"
+                result = Rejection(LIMIT, text, node.name, layer, source, mend)
+            else:
+                name, remark = f"{pass_.name}#{len(site_nodes)}", pass_.remark(bound)
+                result = Site(name, layer, source, remark=remark)
+                site_nodes[result.name] = node
+            found[node] = Candidate(node.name, op_name(node), layer, source, result)
+            if isinstance(result, Site):
+                with builder.at(node, result.name), changes.by(result.name):
+                    pass_.rewrite(builder, bound)
+        remove_dead(graph)
+    for name, node in site_nodes.items():
+        site = found[node].result
+        assert isinstance(site, Site)
+        changed = replace(site, replaced=changes.replaced(name), made=changes.made(name))
+        found[node] = replace(found[node], result=changed)
+    return tuple(found.values())
+
+
+def _rejection(reject: Reject, layer: str, source: str) -> Rejection:
+    meta = reject.node.meta
+    return Rejection(
+        reject.code,
+        reject.text,
+        reject.node.name,
+        meta.get("layer", "") or layer,
+        meta.get("source", "") or source,
+        reject.mend,
+    )

@@ -1,7 +1,7 @@
 """Runs passes in order. It knows no pass by name; everything around a pass is an instrument.
 
 Instruments see `before(pass, graph)` and `after(pass, graph, record)` and may raise; built-in ones
-are in `instruments.py`. After each pass dead nodes are removed and the graph is verified.
+are in `instruments.py`. `run_pass` leaves no dead nodes; after it the graph is verified.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from graphopt.errors import PassError
-from graphopt.ir.clean import remove_dead
 from graphopt.ir.graph import Graph
 from graphopt.ir.verify import verify
 from graphopt.passes.base import Pass, run_pass
@@ -52,11 +51,16 @@ class PassManager:
             if find(name).required:
                 raise PassError(f"pass {name!r} must run and cannot be disabled")
         self.passes = [cls() for cls in ordered(n for n in names if n not in disabled)]
+        self.disabled = sorted(disabled)
         self.limits = dict(limits or {})
         self.instruments = tuple(instruments)
 
     def run(self, graph: Graph, report: Report) -> Graph:
-        """Apply every pass to `graph` in place; append one record a pass to `report`."""
+        """Apply every pass to `graph` in place.
+
+        One record a pass is appended to `report` and to the graph's own `records`.
+        """
+        report.disabled += [name for name in self.disabled if name not in report.disabled]
         for pass_ in self.passes:
             for instrument in self.instruments:
                 instrument.before(pass_, graph)
@@ -64,8 +68,7 @@ class PassManager:
             checked = set(graph.nodes)
             start = time.perf_counter()
             limit = None if pass_.required else self.limits.get(pass_.name)
-            outcome = run_pass(pass_, graph, limit)
-            remove_dead(graph)
+            candidates = run_pass(pass_, graph, limit)
             rewritten = time.perf_counter()
             verify(graph, after=pass_.name, trusted=checked)
             done = time.perf_counter()
@@ -73,15 +76,17 @@ class PassManager:
             delta.subtract(ops_before)
             record = PassRecord(
                 pass_.name,
+                pass_.stage,
                 (rewritten - start) * 1e3,
                 (done - rewritten) * 1e3,
-                outcome.sites,
-                outcome.rejections,
+                candidates,
                 nodes_before,
                 graph.num_calls(),
                 type(delta)({op: change for op, change in delta.items() if change}),
+                limit,
             )
             report.passes.append(record)
+            graph.records += (record,)
             for instrument in self.instruments:
                 instrument.after(pass_, graph, record)
         return graph

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import networkx as nx
 
-from graphopt.errors import PassError
+from graphopt.errors import PassError, did_you_mean
 from graphopt.passes.base import STAGES, Pass
 
 _REGISTRY: dict[str, type[Pass[Any]]] = {}
@@ -36,11 +36,21 @@ def all_passes() -> dict[str, type[Pass[Any]]]:
     return dict(_REGISTRY)
 
 
+def default_passes() -> list[str]:
+    """Names of the passes that run unless something else is asked for: those that are on by default
+    and do not change the model."""
+    known = all_passes().items()
+    return [name for name, cls in known if cls.default and cls.tier.kind != "approximate"]
+
+
 def find(name: str) -> type[Pass[Any]]:
     """The pass called `name`, or PassError naming the ones there are."""
     known = all_passes()
     if name not in known:
-        raise PassError(f"unknown pass {name!r}; known passes: {', '.join(sorted(known))}")
+        raise PassError(
+            f"unknown pass {name!r}; known passes: {', '.join(sorted(known))}"
+            + did_you_mean(name, known)
+        )
     return known[name]
 
 

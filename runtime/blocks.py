@@ -24,13 +24,15 @@ class BlockPool:
                 f"got {num_blocks} of {block_size}"
             )
         self.num_blocks, self.block_size = num_blocks, block_size
-        self._free: deque[int] = deque(range(1, num_blocks))
+        # Blocks that were never used are counted, not listed: a large pool costs no memory.
+        self._fresh = 1
+        self._free: deque[int] = deque()
         self._references: dict[int, int] = {}
 
     @property
     def num_free(self) -> int:
         """Blocks that can be allocated."""
-        return len(self._free)
+        return self.num_blocks - self._fresh + len(self._free)
 
     @property
     def num_used(self) -> int:
@@ -50,7 +52,10 @@ class BlockPool:
         """`count` blocks, each with one holder. Raises CapacityError when too few are free."""
         if count > self.num_free:
             raise CapacityError(f"{count} blocks wanted, {self.num_free} free")
-        blocks = [self._free.popleft() for _ in range(count)]
+        fresh = min(count, self.num_blocks - self._fresh)
+        blocks = list(range(self._fresh, self._fresh + fresh))
+        self._fresh += fresh
+        blocks += [self._free.popleft() for _ in range(count - fresh)]
         self._references.update(dict.fromkeys(blocks, 1))
         return blocks
 
@@ -79,7 +84,7 @@ class BlockPool:
     def check(self) -> None:
         """Raise RuntimeError with a dump when a block is lost, doubled or out of range."""
         free, used = set(self._free), set(self._references)
-        whole = free | used == set(range(1, self.num_blocks))
+        whole = free | used == set(range(1, self._fresh)) and self._fresh <= self.num_blocks
         held = all(count > 0 for count in self._references.values())
         if free & used or len(free) != len(self._free) or not whole or not held:
             raise RuntimeError(

@@ -17,7 +17,13 @@ from graphopt.codegen.backend import ServingExecutable
 from graphopt.errors import RequestError
 from graphopt.runtime.blocks import BlockPool
 from graphopt.runtime.detokenizer import Detokenizer
-from graphopt.runtime.request import FinishReason, Request, SamplingParams, token_tuple
+from graphopt.runtime.request import (
+    FinishReason,
+    Request,
+    SamplingParams,
+    token_tuple,
+    whole_number,
+)
 from graphopt.runtime.runner import Runner
 from graphopt.runtime.sampler import NonFiniteLogitsError, SamplingRow, sample
 from graphopt.runtime.scheduler import Scheduler, StepPlan
@@ -100,14 +106,23 @@ class Engine:
     ) -> None:
         self.executable, self.tokenizer = executable, tokenizer
         self._eos = frozenset(eos_token_ids)
-        if block_size < 1:
-            raise RequestError(f"block_size={block_size} is not allowed; it must be >= 1")
+        block_size = whole_number("block_size", block_size)
+        max_tokens_per_step = whole_number("max_tokens_per_step", max_tokens_per_step)
+        max_requests = whole_number("max_requests", max_requests)
         if num_blocks is not None and kv_cache_bytes is not None:
             raise RequestError("give num_blocks or kv_cache_bytes, not both")
         if kv_cache_bytes is not None:
+            kv_cache_bytes = whole_number("kv_cache_bytes", kv_cache_bytes)
+            if executable.cache_bytes_per_token == 0:
+                raise RequestError(
+                    "kv_cache_bytes: this model has no attention and keeps no keys and values; "
+                    "limit its tokens with num_blocks"
+                )
             num_blocks = kv_cache_bytes // (block_size * executable.cache_bytes_per_token)
         elif num_blocks is None:
             num_blocks = -(-_DEFAULT_CACHE_TOKENS // block_size) + 1
+        else:
+            num_blocks = whole_number("num_blocks", num_blocks, 0)
         self._pool = BlockPool(num_blocks, block_size)
         self._scheduler = Scheduler(
             self._pool, max_tokens_per_step=max_tokens_per_step, max_requests=max_requests
@@ -142,7 +157,12 @@ class Engine:
 
         Raises RequestError (CapacityError when it could never fit) before anything changes.
         """
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(
+                f"sampling settings are a SamplingParams, not {type(params).__name__}; write "
+                "SamplingParams(max_tokens=3)"
+            )
         tokens = self._encode(prompt)
         self._check(tokens, params)
         request = Request(
@@ -191,9 +211,11 @@ class Engine:
         events are lost; use streams beside this. Raises what `submit` and `step` raise; then none
         of the prompts is left in the engine.
         """
-        if isinstance(prompts, str):
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise RequestError("generate takes a sequence of prompts; wrap a single one in a list")
-        many = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
+        many: list[Any] = (
+            list(params) if isinstance(params, list | tuple) else [params] * len(prompts)
+        )
         if len(many) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(many)} sampling settings")
         lives: list[_Live] = []

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, Literal
 
-from graphopt.errors import RequestError
+from graphopt.errors import RequestError, did_you_mean
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -77,6 +77,39 @@ class SamplingParams:
     def _check(self, name: str, is_legal: bool, legal: str) -> None:
         if not is_legal:
             raise RequestError(f"{name}={getattr(self, name)!r} is not allowed; it must be {legal}")
+
+
+def sampling_params(params: Any, settings: Mapping[str, Any]) -> Any:
+    """`params`, or one made of its fields, as `generate(prompt, max_tokens=3)` gives them.
+
+    Raises RequestError for both at once, and for a field that does not exist.
+    """
+    if not settings:
+        return params
+    if params is not None:
+        raise RequestError("give params or its fields, not both")
+    known = [field.name for field in fields(SamplingParams)]
+    for name in settings:
+        if name not in known:
+            raise RequestError(
+                f"no sampling setting is called {name!r}; there are {', '.join(known)}"
+                + did_you_mean(name, known)
+            )
+    return SamplingParams(**settings)
+
+
+def whole_number(name: str, value: Any, least: int = 1) -> int:
+    """`value` as an int; numpy's integers are welcome.
+
+    Raises RequestError for anything else, and for numbers below `least`.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise RequestError(f"{name}={value!r} is not allowed; it must be an integer >= {least}")
+    return number
 
 
 def _is_int(value: Any, least: int) -> bool:
@@ -158,15 +191,27 @@ class Request:
         return "length" if len(self.output) >= self.params.max_tokens else None
 
 
-def token_tuple(tokens: Iterable[Any]) -> tuple[int, ...]:
-    """Token ids as plain ints; numpy and torch integers are welcome.
+def token_tuple(tokens: Any) -> tuple[int, ...]:
+    """Token ids as plain ints; one-dimensional numpy arrays and torch tensors are welcome.
 
     Raises RequestError for anything that is not a sequence of integers.
     """
-    try:
-        ids = tuple(tokens)
-        if not any(isinstance(token, bool) for token in ids):
-            return tuple(map(operator.index, ids))
-    except TypeError:
-        pass
-    raise RequestError("a prompt is a string or a sequence of integer token ids")
+    plain = _plain(tokens)
+    if isinstance(plain, Sequence) and not isinstance(plain, str | bytes):
+        ids = [_plain(token) for token in plain]
+        try:
+            if not any(isinstance(token, bool) for token in ids):
+                return tuple(map(operator.index, ids))
+        except TypeError:
+            pass
+    shape = getattr(tokens, "shape", None)
+    found = type(tokens).__name__ if shape is None else f"{tokens.dtype} {list(shape)}"
+    raise RequestError(
+        "a prompt is a string or a sequence of integer token ids (a list, or a tensor or array of "
+        f"one dimension), not {found}"
+    )
+
+
+def _plain(value: Any) -> Any:
+    """numpy's and torch's values as Python's: an axis becomes a list."""
+    return value.tolist() if hasattr(value, "tolist") else value

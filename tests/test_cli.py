@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from tiny_models import tiny_llama
 from typer.testing import CliRunner
 
+import graphopt
 from graphopt import cli
+from graphopt.models import load
 
 runner = CliRunner()
 
@@ -41,25 +47,121 @@ def test_compile_inspect_and_passes(folder: Path, tmp_path: Path) -> None:
     assert "insert_kv_cache" in done.output
 
 
+def test_explain(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "program"
+    assert runner.invoke(cli.app, ["compile", str(folder), str(out)]).exit_code == 0
+    wide = {"COLUMNS": "160"}
+    for model in (folder, out):
+        done = runner.invoke(cli.app, ["explain", str(model), "--pass", "fuse_attention"], env=wide)
+        assert done.exit_code == 0, done.output
+        assert "fuse_attention: 2 of 2 fused" in done.output
+        assert "fuse_norm" not in done.output
+    done = runner.invoke(cli.app, ["explain", str(out)], env=wide)
+    assert "fuse_norm: 5 of 5 fused" in done.output
+    assert "fold_low_bit_weights: no candidates" in done.output
+    assert "remove_noops: " in done.output
+    assert "aten.contiguous" not in done.output
+    done = runner.invoke(cli.app, ["explain", str(out), "--pass", "remove_noops"], env=wide)
+    assert "aten.contiguous" in done.output
+    names = ["--pass", "fuse_mlp", "--pass", "fuse_norm"]
+    done = runner.invoke(cli.app, ["explain", str(out), "--json", *names])
+    assert done.exit_code == 0, done.output
+    runs = json.loads(done.output)["runs"]
+    assert [run["name"] for run in runs] == ["fuse_mlp", "fuse_norm"]
+    assert [row["count"] for row in runs[0]["rows"]] == ["2/2"]
+
+
+@pytest.fixture(scope="module")
+def saved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("saved") / "program"
+    graphopt.compile(load(folder), backend="reference").save(out)
+    return out
+
+
+def test_the_backend_of_a_saved_program_can_be_chosen(saved: Path, tmp_path: Path) -> None:
+    for arguments, backend in (([], "reference"), (["--backend", "cpu"], "cpu")):
+        out = tmp_path / backend
+        done = runner.invoke(cli.app, ["compile", str(saved), str(out), *arguments])
+        assert done.exit_code == 0, done.output
+        assert json.loads((out / "manifest.json").read_text())["options"]["backend"] == backend
+
+
+class Speller:
+    """Token = letter, encoded and decoded as it is."""
+
+    chat_template = None
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - 32 for letter in text]
+
+    def decode(self, ids: Sequence[int], **_: object) -> str:
+        return "".join("[/b]"[token % 4] for token in ids)
+
+
+def test_text_is_printed_as_it_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Square brackets are markup to the console that prints the text."""
+    source = replace(load(folder), tokenizer=Speller(), name="[bold]tiny[/x]")
+    monkeypatch.setattr(cli, "load", lambda *_, **__: source)
+    monkeypatch.setattr(cli.graphopt, "compile", partial(graphopt.compile, backend="reference"))
+    done = runner.invoke(cli.app, ["demo", "--prompt", "[/b] [rows]", "--max-tokens", "6"])
+    assert done.exit_code == 0, done.output
+    printed = done.output.splitlines()
+    assert "[/b] [rows]" in printed
+    assert printed[printed.index("[/b] [rows]") + 1].startswith(("[", "/", "b", "]"))
+    done = runner.invoke(cli.app, ["inspect", str(folder)])
+    assert "[bold]tiny[/x] (captured)" in done.output
+    monkeypatch.setattr(sys, "argv", ["graphopt", "generate", "[/b]", "hi", "--top-k", "-1"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "error: top_k=-1" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["graphopt", "generate", "no[/b]such[red]", "hi"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "no[/b]such[red]" in capsys.readouterr().err
+
+
+def test_a_saved_program_is_announced_as_it_is_called(saved: Path, tmp_path: Path) -> None:
+    place = tmp_path / "[" / "b]"
+    done = runner.invoke(cli.app, ["compile", str(saved), str(place)], env={"COLUMNS": "500"})
+    assert done.exit_code == 0, done.output
+    assert f"saved to {place}" in done.output
+    assert runner.invoke(cli.app, ["inspect", str(place)]).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["explain", "FOLDER", "--pass", "fuse_nrm"], "did you mean 'fuse_norm'"),
+        (["explain", "nosuchmodel"], "nosuchmodel"),
         (["generate", "nosuchmodel", "hi"], "nosuchmodel"),
         (["inspect", "FOLDER", "--dtype", "int3"], "int3"),
         (["inspect", "FOLDER", "--weights", "thin"], "thin"),
         (["generate", "FOLDER", "hi", "--backend", "tpu"], "tpu"),
         (["generate", "FOLDER", "hi", "--temperature", "-1"], "temperature"),
         (["generate", "FOLDER", "hi"], "tokenizer"),
+        (["compile", "FOLDER", "out", "--weights", "packed"], "holds dense safetensors"),
+        (["generate", "SAVED", "hi", "--backend", "nonsense"], "'nonsense' is not supported"),
+        (["generate", "SAVED", "hi", "--dtype", "int3"], "--dtype has no effect on"),
+        (["generate", "SAVED", "hi", "--weights", "foo"], "--weights has no effect on"),
+        (["generate", "SAVED", "hi", "--activations", "bar"], "--activations has no effect on"),
+        (["compile", "SAVED", "out", "--dump", "D"], "--dump has no effect on"),
+        (["inspect", "SAVED", "--dtype", "bfloat16"], "--dtype has no effect on"),
+        (["explain", "SAVED", "--weights", "dense"], "--weights has no effect on"),
     ],
 )
 def test_errors_are_one_line_and_status_2(
     folder: Path,
+    saved: Path,
     arguments: list[str],
     message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = [str(folder) if a == "FOLDER" else a for a in arguments]
+    places = {"FOLDER": str(folder), "SAVED": str(saved)}
+    arguments = [places.get(argument, argument) for argument in arguments]
     monkeypatch.setattr(sys, "argv", ["graphopt", *arguments])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
@@ -67,4 +169,5 @@ def test_errors_are_one_line_and_status_2(
     error = capsys.readouterr().err
     assert "Traceback" not in error
     error = error[error.index("error:") :]
-    assert message in error.replace("\n", "")
+    # Lines are wrapped at the width of the terminal.
+    assert message.replace(" ", "") in error.replace("\n", "").replace(" ", "")

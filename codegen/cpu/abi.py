@@ -184,6 +184,11 @@ class NativeLibrary:
             raise BackendError(f"thread count must be 1 to 1024, got {threads}")
         number = instrs[status - 1].op
         name = Op(number).name if 0 <= number < Op.OP_COUNT else f"unknown op {number}"
+        if number == Op.OP_EMBED:
+            raise BackendError(
+                f"instruction {status - 1} ({name}) looks up a row that its table does not have: a "
+                "token id or a position is out of range"
+            )
         raise BackendError(
             f"instruction {status - 1} ({name}) has a dtype or attribute its kernel does not take"
         )

@@ -1,10 +1,12 @@
 """The cpu backend: serving graphs become native plans, captured graphs run on ATen.
 
 Needs a C++ compiler once per machine; `select` falls back to the reference backend, with a note,
-where there is none.
+where there is none. So does the lowering of a graph that no native plan can run (float64).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -13,24 +15,32 @@ from graphopt.codegen.cpu.abi import NativeLibrary
 from graphopt.codegen.cpu.build import load_library
 from graphopt.codegen.cpu.executable import CpuServing, lower_serving
 from graphopt.codegen.cpu.packing import KernelWeight, pack_dense, pack_low_bit
-from graphopt.codegen.reference import ReferenceBackend, ReferenceForward
+from graphopt.codegen.reference import ReferenceBackend, ReferenceForward, ReferenceServing
 from graphopt.errors import BackendError, UnsupportedError
 from graphopt.ir.graph import Graph, argument
 from graphopt.ir.weights import PackedWeight
 from graphopt.ops import embedding_wq, linear_wq
-from graphopt.report import Report
+from graphopt.report import LOGGER, Report
 
 BACKENDS = ("cpu", "reference")
 
 
 class CpuBackend:
-    """See the module docstring. threads: of the native pool; None: as many as torch uses."""
+    """See the module docstring.
+
+    threads: of the native pool; None: as many as torch uses. note: is told of a fallback.
+    """
 
     name = "cpu"
 
-    def __init__(self, library: NativeLibrary, threads: int | None = None) -> None:
-        self._library = library
-        self._threads = threads or torch.get_num_threads()
+    def __init__(
+        self,
+        library: NativeLibrary,
+        threads: int | None = None,
+        note: Callable[[str], None] = LOGGER.warning,
+    ) -> None:
+        self._library, self._note = library, note
+        self._threads = torch.get_num_threads() if threads is None else threads
 
     def lower(self, graph: Graph) -> ReferenceForward:
         """Captured graphs run on ATen's kernels, op by op."""
@@ -38,7 +48,7 @@ class CpuBackend:
 
     def lower_serving(
         self, graph: Graph, kv_dtype: torch.dtype | None, max_context: int | None
-    ) -> CpuServing:
+    ) -> CpuServing | ReferenceServing:
         """Pack the weights into kernel layouts and plan the step.
 
         The graph's own copies of the packed weights are released one by one (they become meta
@@ -60,7 +70,13 @@ class CpuBackend:
             readers.pop(name, None)
             return packed
 
-        return lower_serving(graph, self._library, pack, kv_dtype, max_context, self._threads)
+        library, threads = self._library, self._threads
+        try:
+            return lower_serving(graph, library, pack, kv_dtype, max_context, threads)
+        except BackendError as error:
+            # Planning comes before packing: the graph still has its weights.
+            self._note(f"{graph.name} runs on the slow reference backend: {error}")
+            return ReferenceServing(graph, kv_dtype, max_context)
 
 
 def low_bit_readers(graph: Graph) -> dict[str, PackedWeight]:
@@ -91,7 +107,7 @@ def select(name: str, report: Report, threads: int | None = None) -> Backend:
     if name != "cpu":
         raise UnsupportedError(f"backend {name!r} is not supported; supported: {BACKENDS}")
     try:
-        return CpuBackend(load_library(), threads)
+        return CpuBackend(load_library(), threads, report.note)
     except BackendError as error:
         report.note(f"cpu backend unavailable, running on the slow reference backend: {error}")
         return ReferenceBackend()

@@ -87,6 +87,10 @@ class Lowering:
         out = View(self.plan.external(LOGITS), view.dtype, view.extents, row_major(view.extents))
         self.copy(view, out)
 
+    def is_opaque(self, node: fx.Node) -> bool:
+        """True for an input that only the kernels made for it can read."""
+        return node.target in self._opaque
+
     def extent(self, size: Any, node: fx.Node) -> Extent:
         """A size as `mult * symbol`."""
         if isinstance(size, int):
@@ -233,7 +237,8 @@ def host_step(lowering: Lowering, node: fx.Node) -> None:
     """Run `node` with torch: its tensor operands are views of the plan's memory."""
     inputs = [n for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor)]
     sizes = [n for n in node.all_input_nodes if not isinstance(n.meta["val"], Tensor)]
-    if is_impure(node.target) or not isinstance(node.meta["val"], Tensor):
+    has_opaque = any(n.op == "placeholder" and lowering.is_opaque(n) for n in inputs)
+    if has_opaque or is_impure(node.target) or not isinstance(node.meta["val"], Tensor):
         raise BackendError(f"the cpu backend has no way to run {where(node)}")
     views = {n: lowering.view(n) for n in inputs}
     extents = {n: lowering.extent(n.meta["val"], n) for n in sizes}

@@ -16,12 +16,13 @@ from graphopt.codegen.cpu.lower import (
     scalar,
     tensor_floats,
 )
-from graphopt.codegen.cpu.views import Extent, View
+from graphopt.codegen.cpu.views import Extent, View, row_major
 from graphopt.ir.graph import argument
 from graphopt.ops import (
     embedding_wq,
     geglu,
     kv_write,
+    layer_norm,
     linear_wq,
     paged_attention,
     rms_norm,
@@ -43,6 +44,7 @@ _UNARY: dict[object, UnaryKind] = {
     aten.cos.default: UnaryKind.UNARY_COS,
     aten.sin.default: UnaryKind.UNARY_SIN,
     aten.reciprocal.default: UnaryKind.UNARY_RECIPROCAL,
+    aten.square.default: UnaryKind.UNARY_SQUARE,
 }
 _BINARY: dict[object, BinaryKind] = {
     aten.add.Tensor: BinaryKind.BINARY_ADD,
@@ -147,7 +149,7 @@ def embedding_low_bit(lowering: Lowering, node: fx.Node) -> bool:
 def _embed(lowering: Lowering, node: fx.Node, table: fx.Node, ids: fx.Node) -> bool:
     indices = lowering.view(ids)
     flat = lowering.rows_by_width(indices)
-    if table.op != "get_attr" or flat is None or flat[2] != 1:
+    if table.op != "get_attr" or flat is None or flat[2] != 1 or indices.dtype != torch.int64:
         return False
     out = lowering.output(node)
     rows, out_stride, width = lowering.rows_by_width(out) or (None, 0, 0)
@@ -197,11 +199,11 @@ def _linear(
     if flat is None or flat_out is None or flat[2] != columns or not tensor_floats(source, out):
         return False
     rows, out_stride, width = flat_out
-    operands = [out, source, _matrix(lowering, weight)]
-    steps = [[out_stride], [flat[1]], []]
-    if bias is not None:
-        operands.append(lowering.view(bias))
-        steps.append([])
+    biases = [] if bias is None else [lowering.view(bias)]
+    if not all(_is_vector(view, width) for view in biases):
+        return False
+    operands = [out, source, _matrix(lowering, weight), *biases]
+    steps: list[Any] = [[out_stride], [flat[1]], *([] for _ in range(1 + len(biases)))]
     attrs_i = (0, mode, int(bias is not None), 0)
     dims = [rows, Extent(width), Extent(columns)]
     lowering.add(Op.OP_LINEAR, operands, dims, steps, attrs_i)
@@ -218,11 +220,14 @@ def rms(lowering: Lowering, node: fx.Node) -> bool:
     return _norm(lowering, node, Op.OP_RMS_NORM, weights, attrs_i, attrs_f)
 
 
-def layer_norm(lowering: Lowering, node: fx.Node) -> bool:
+def layer_normalised(lowering: Lowering, node: fx.Node) -> bool:
     """Layer norm over the last axis only."""
-    if len(argument(node, "normalized_shape")) != 1:
+    if node.target is layer_norm.SPEC.overload:
+        operands = [argument(node, "weight_D"), argument(node, "bias_D")]
+    elif len(argument(node, "normalized_shape")) == 1:
+        operands = [argument(node, "weight"), argument(node, "bias")]
+    else:
         return False
-    operands = [argument(node, "weight"), argument(node, "bias")]
     weights = [None if w is None else lowering.view(w) for w in operands]
     eps = float(argument(node, "eps"))
     return _norm(lowering, node, Op.OP_LAYER_NORM, weights, (), (eps,))
@@ -237,9 +242,18 @@ def _norm(
     if shape is None or shape_out is None or not tensor_floats(source, out):
         return False
     rows, heads, width, row_stride, head_stride = shape
+    # The kernel reads `width` weights, one after the other.
+    if not all(view is None or _is_vector(view, width) for view in weights):
+        return False
     steps = [[shape_out[3], shape_out[4]], [row_stride, head_stride]]
     lowering.add(op, [out, source, *weights], [rows, heads, Extent(width)], steps, attrs_i, attrs_f)
     return True
+
+
+def _is_vector(view: View, size: int) -> bool:
+    """True for `size` floats, one after the other."""
+    is_dense = view.strides == row_major(view.extents)
+    return view.extents == (Extent(size),) and is_dense and tensor_floats(view)
 
 
 def _heads(view: View) -> tuple[Extent, Extent, int, int, int] | None:
@@ -251,7 +265,7 @@ def _heads(view: View) -> tuple[Extent, Extent, int, int, int] | None:
 
 
 def rotary(lowering: Lowering, node: fx.Node) -> bool:
-    """Rotate-half rotary embedding."""
+    """Rotary embedding of the first columns, either pairing, tables of either width."""
     source, cos, sin = (lowering.view(n) for n in node.args[:3])
     out = lowering.output(node)
     shape, shape_out = _heads(source), _heads(out)
@@ -261,10 +275,13 @@ def rotary(lowering: Lowering, node: fx.Node) -> bool:
         return False
     if cos.strides[2] != 1 or sin.strides[2] != 1:
         cos, sin = lowering.dense(cos), lowering.dense(sin)
+    interleaved, halved = argument(node, "interleaved"), argument(node, "half_tables")
     rows, heads, width, row_stride, head_stride = shape
     steps = [shape_out[3:], [row_stride, head_stride], [cos.strides[1]], [sin.strides[1]]]
-    dims = [rows, heads, Extent(width), cos.extents[2]]
-    lowering.add(Op.OP_ROPE, [out, source, cos, sin], dims, steps, (RopeStyle.ROTATE_HALF,))
+    rotary_width = cos.extents[2].mult * (2 if halved else 1)
+    dims = [rows, heads, Extent(width), Extent(rotary_width)]
+    style = RopeStyle.INTERLEAVED if interleaved else RopeStyle.ROTATE_HALF
+    lowering.add(Op.OP_ROPE, [out, source, cos, sin], dims, steps, (style, int(halved)))
     return True
 
 
@@ -275,7 +292,7 @@ def write_cache(lowering: Lowering, node: fx.Node) -> bool:
     if k_shape is None or v_shape is None:
         k, v = lowering.dense(k), lowering.dense(v)
         k_shape, v_shape = _heads(k), _heads(v)
-    if k_shape is None or v_shape is None:
+    if k_shape is None or v_shape is None or not tensor_floats(k, v):
         return False
     rows, heads, k_width = k_shape[:3]
     steps = [[], [], k_shape[3:], v_shape[3:], [1]]
@@ -299,7 +316,12 @@ def paged(lowering: Lowering, node: fx.Node) -> bool:
         return False
     rows, heads, width, row_stride, head_stride = shape
     kv_heads = int(argument(node, "k_cache").meta["val"].shape[2])
-    operands = [out, q, *others, *([] if sinks is None else [lowering.view(sinks)])]
+    if heads.mult % kv_heads:
+        return False
+    sink_views = [] if sinks is None else [lowering.view(sinks)]
+    if not all(_is_vector(view, heads.mult) for view in sink_views):
+        return False
+    operands = [out, q, *others, *sink_views]
     steps: list[Any] = [shape_out[3:], [row_stride, head_stride]]
     attrs_i = (0, heads.mult // kv_heads, int(argument(node, "window")))
     attrs_f = (float(argument(node, "scale")), float(argument(node, "softcap")))
@@ -343,7 +365,8 @@ RULES: dict[object, Rule] = {
     aten.linear.default: linear,
     linear_wq.SPEC.overload: linear_low_bit,
     rms_norm.SPEC.overload: rms,
-    aten.layer_norm.default: layer_norm,
+    aten.layer_norm.default: layer_normalised,
+    layer_norm.SPEC.overload: layer_normalised,
     rope.SPEC.overload: rotary,
     kv_write.SPEC.overload: write_cache,
     paged_attention.SPEC.overload: paged,

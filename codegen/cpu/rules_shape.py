@@ -135,6 +135,21 @@ def cat(lowering: Lowering, node: fx.Node) -> bool:
     return True
 
 
+def repeat(lowering: Lowering, node: fx.Node) -> bool:
+    """Each element of a plain axis several times: that many strided copies."""
+    source, repeats = lowering.view(node.args[0]), argument(node, "repeats")
+    if argument(node, "dim") is None:
+        return False
+    axis = int(argument(node, "dim")) % len(source.extents)
+    extent = source.extents[axis]
+    if extent.sym is not Sym.SYM_ONE or extent.is_one:
+        return False
+    out = lowering.output(node)
+    for place in range(repeats):
+        lowering.copy(source, out.narrowed(axis, place, extent, repeats))
+    return True
+
+
 def index_select(lowering: Lowering, node: fx.Node) -> bool:
     """Token rows picked by number."""
     source, rows = lowering.view(node.args[0]), lowering.view(argument(node, "index"))
@@ -180,6 +195,7 @@ RULES: dict[object, Rule] = {
     aten.slice.Tensor: slice_,
     aten.select.int: select,
     aten.cat.default: cat,
+    aten.repeat_interleave.self_int: repeat,
     aten.chunk.default: split,
     aten.split.Tensor: split,
     aten.split_with_sizes.default: split,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
+from transformers import PreTrainedModel
 
+from graphopt.capture.bounds import export_module, limits_of
 from graphopt.capture.export import graph_from_exported
 from graphopt.capture.hf import attention_hooks
+from graphopt.capture.mask_marker import take_out
 from graphopt.capture.source import ModelSource
 from graphopt.errors import CaptureError
 from graphopt.ir.graph import Graph
@@ -36,18 +38,23 @@ def capture(
         Defaults to int64 token ids `[2, 16]` for models whose first argument is `input_ids`.
     dynamic: True: axis 0 of every tensor is "batch", axis 1 of every integer or bool tensor is
         "sequence". False: all sizes are fixed. Or explicit: {"input_ids": {0: "batch"}}.
+        A size that the model bounds is captured with its bound, see `Graph.limits`.
     strict: capture with TorchDynamo instead of plain Python tracing.
+    example, dynamic and strict are refused for an ExportedProgram, which has settled them.
 
+    The inputs of the result are the tensors of the example in the order of forward's signature.
     Every node of the result has `val`, `layer`, `source` and `history`.
     Raises CaptureError with torch's own reason when the model cannot be captured whole.
     """
     load_all()
     if isinstance(model, ExportedProgram):
-        if example is not None:
-            raise CaptureError("an ExportedProgram carries its own example; do not pass one")
+        _refuse_options(example, dynamic, strict)
         graph = graph_from_exported(model, type(model).__name__)
         graph.symbols.update(_symbol_names(graph))
+        graph.limits.update(limits_of(model, graph.symbols))
         return graph
+    if isinstance(model, Graph):
+        raise CaptureError("the model is a Graph: it is captured already")
     source = model if isinstance(model, ModelSource) else ModelSource(model, type(model).__name__)
     module = source.module
     if not isinstance(module, nn.Module):
@@ -57,31 +64,17 @@ def capture(
         )
     if module.training:
         raise CaptureError("the model is in training mode; call model.eval() first")
-    kwargs = _bind(module, example)
+    call = _bind(module, example)
     # torch.export takes one tensor given twice for one input.
-    kwargs = {n: v.clone() if isinstance(v, Tensor) else v for n, v in kwargs.items()}
-    tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
+    call = {n: v.clone() if isinstance(v, Tensor) else v for n, v in call.items()}
+    tensors = {name: value for name, value in call.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CaptureError("the example holds no tensor")
+    if isinstance(module, PreTrainedModel) and "use_cache" in _parameters(module):
+        call.setdefault("use_cache", False)
     axes = _axes(tensors, dynamic)
-    dims = {name: Dim(name) for per_input in axes.values() for name in per_input.values()}
-    shapes = {
-        name: {axis: dims[dim] for axis, dim in axes[name].items()} if name in axes else None
-        for name in kwargs
-    }
-    packed_shared = _materialised(module)
-    with (
-        packed_shared,
-        torch.no_grad(),
-        attention_hooks(module, "position_ids" in tensors) as is_hf,
-    ):
-        call = dict(kwargs)
-        if is_hf and "use_cache" in _parameters(module):
-            call.setdefault("use_cache", False)
-            shapes.setdefault("use_cache", None)
-        program = _export(module, call, shapes, strict, source.name)
-        graph = graph_from_exported(program, source.name)
-    graph.symbols.update(_symbol_names(graph, axes))
+    with _materialised(module), torch.no_grad():
+        graph = _graph(module, _in_order(module, call), axes, strict, source.name)
     for name in list(graph.weights):
         if name in source.packed:
             graph.packed[name] = source.packed[name]
@@ -89,38 +82,49 @@ def capture(
     return graph
 
 
-def _export(
-    module: nn.Module, call: dict[str, Any], shapes: dict[str, Any], strict: bool, name: str
-) -> ExportedProgram:
-    """torch.export; a size the model bounds (learned positions) is bounded and tried once more."""
-    for attempt in range(2):
-        try:
-            return torch.export.export(module, (), call, dynamic_shapes=shapes, strict=strict)
-        except CaptureError:
-            raise
-        except Exception as error:
-            refined = _bounded(str(error), shapes) if attempt == 0 else None
-            if refined is None:
-                raise CaptureError(f"torch.export could not capture {name}: {error}") from error
-            shapes = refined
-    raise AssertionError("unreachable")
+def _graph(
+    module: nn.Module,
+    call: Mapping[str, Any],
+    axes: Mapping[str, Mapping[int, str]],
+    strict: bool,
+    name: str,
+) -> Graph:
+    """Export; a transformers model with graphopt as its attention, unless its layers do not go
+    through transformers' attention interface: then as it is."""
+
+    def exported() -> Graph:
+        program = export_module(module, call, axes, strict, name)
+        graph = graph_from_exported(program, name)
+        graph.symbols.update(_symbol_names(graph, axes))
+        graph.limits.update(limits_of(program, graph.symbols))
+        return graph
+
+    if not isinstance(module, PreTrainedModel):
+        return exported()
+    with contextlib.suppress(CaptureError):
+        with attention_hooks(module, isinstance(call.get("position_ids"), Tensor)):
+            graph = exported()
+        if take_out(graph) is None:
+            return graph
+    return exported()
 
 
-def _bounded(message: str, shapes: dict[str, Any]) -> dict[str, Any] | None:
-    """Dynamic shapes with the upper bounds that torch.export suggests; None when it suggests
-    anything else, such as fixing a size."""
-    limits = {
-        match["name"]: int(match["max"])
-        for match in re.finditer(r"(?P<name>\w+) = Dim\('\w+', max=(?P<max>\d+)\)", message)
-    }
-    suggested = set(re.findall(r"^\s*(\w+) = ", message.partition("Suggested fixes:")[2], re.M))
-    if not limits or suggested != set(limits):
-        return None
-    dims = {name: Dim(name, max=limit) for name, limit in limits.items()}
-    return {
-        name: axes and {axis: dims.get(dim.__name__, dim) for axis, dim in axes.items()}
-        for name, axes in shapes.items()
-    }
+def _refuse_options(example: Example | None, dynamic: Dynamic | bool, strict: bool) -> None:
+    """What an ExportedProgram has settled."""
+    if example is not None:
+        raise CaptureError("an ExportedProgram carries its own example; do not pass one")
+    for option, is_given in (("dynamic", dynamic is not True), ("strict", strict)):
+        if is_given:
+            raise CaptureError(
+                f"{option}= has no effect on a program that is already exported; "
+                f"leave it out, or give {option}= for the nn.Module itself"
+            )
+
+
+def _in_order(module: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
+    """The order of forward's signature, then what falls into its **kwargs."""
+    named = {name: call[name] for name in _parameters(module) if name in call}
+    return {**named, **call}
 
 
 def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
@@ -154,10 +158,7 @@ def _axes(tensors: Mapping[str, Tensor], dynamic: Dynamic | bool) -> dict[str, d
     if dynamic is False:
         return {}
     if dynamic is not True:
-        unknown = [name for name in dynamic if name not in tensors]
-        if unknown:
-            raise CaptureError(f"dynamic names {unknown[0]!r}, which is no tensor of the example")
-        return {name: dict(axes) for name, axes in dynamic.items()}
+        return _named_axes(tensors, dynamic)
     axes: dict[str, dict[int, str]] = {}
     for name, tensor in tensors.items():
         axes[name] = {0: "batch"} if tensor.ndim else {}
@@ -170,6 +171,30 @@ def _axes(tensors: Mapping[str, Tensor], dynamic: Dynamic | bool) -> dict[str, d
                     f"{tensor.shape[axis]}; a dynamic axis needs at least 2 in the example"
                 )
     return axes
+
+
+def _named_axes(tensors: Mapping[str, Tensor], dynamic: Any) -> dict[str, dict[int, str]]:
+    """The axes of `dynamic`, each of them an axis of a tensor, with a name that can be printed."""
+    shape = "dynamic must be True, False or like {'input_ids': {0: 'batch', 1: 'sequence'}}"
+    if not isinstance(dynamic, Mapping):
+        raise CaptureError(f"{shape}, not {dynamic!r}")
+    for name, axes in dynamic.items():
+        if name not in tensors:
+            raise CaptureError(f"dynamic names {name!r}, which is no tensor of the example")
+        if not isinstance(axes, Mapping):
+            raise CaptureError(f"{shape}; {name!r} has {axes!r}")
+        for axis, dim in axes.items():
+            if not isinstance(axis, int) or not 0 <= axis < tensors[name].ndim:
+                raise CaptureError(
+                    f"dynamic names axis {axis!r} of {name!r}, which has axes 0 to "
+                    f"{tensors[name].ndim - 1}"
+                )
+            if not isinstance(dim, str) or not dim.isidentifier():
+                raise CaptureError(
+                    f"dynamic calls axis {axis} of {name!r} {dim!r}; a name is letters, digits and "
+                    "_, such as 'batch'"
+                )
+    return {name: dict(axes) for name, axes in dynamic.items()}
 
 
 def _symbol_names(
@@ -190,7 +215,7 @@ def _symbol_names(
     return names
 
 
-@contextmanager
+@contextlib.contextmanager
 def _materialised(module: nn.Module) -> Iterator[None]:
     """Give meta parameters an address for the time of the export.
 

@@ -7,7 +7,9 @@ composed index function, which is taken apart; only causal, bidirectional and sl
 (and the packed-sequence term that an iota of positions makes trivially true) are represented by
 attributes, plus the 2-D padding mask. Everything else stays a dense mask operand, built by
 transformers itself. Nothing is ever dropped silently: a mask object that the layer receives but
-that this module did not make is passed on densely or raises.
+that this module did not make is passed on densely or raises. Layers that do not go through the
+attention interface must not see these masks at all: `mask_marker.py` finds their readers, and
+capture starts over with transformers' own masks.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from graphopt.capture.mask_marker import mark
 from graphopt.errors import CaptureError
 from graphopt.ops.registry import load_all
 
@@ -112,11 +115,11 @@ def _graphopt_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         return session.remember(sdpa_mask(**dense), MaskMeaning(dense=True))
     if padding is not None:
         meaning = MaskMeaning(meaning.causal, meaning.window, padded=True)
-        return session.remember(padding.to(torch.bool).clone(), meaning)
+        return session.remember(mark(padding.to(torch.bool)), meaning)
     batch, length = kwargs["batch_size"], kwargs["kv_length"]
     device = kwargs.get("device", torch.device("cpu"))
     token = torch.ones((batch, length), dtype=torch.bool, device=device)
-    return session.remember(token, meaning)
+    return session.remember(mark(token), meaning)
 
 
 def _graphopt_attention(
@@ -188,14 +191,11 @@ def _graphopt_attention(
 
 
 @contextmanager
-def attention_hooks(model: nn.Module, positions_given: bool) -> Iterator[bool]:
-    """Route the model's attention through graphopt; yields False when it is not a HF model.
+def attention_hooks(model: PreTrainedModel, positions_given: bool) -> Iterator[None]:
+    """Route the model's attention through graphopt.
 
     The model's own attention setting is restored on exit.
     """
-    if not isinstance(model, PreTrainedModel):
-        yield False
-        return
     load_all()
     ALL_ATTENTION_FUNCTIONS.register(NAME, _graphopt_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _graphopt_mask)
@@ -206,7 +206,7 @@ def attention_hooks(model: nn.Module, positions_given: bool) -> Iterator[bool]:
     try:
         for config in configs.values():
             config._attn_implementation = NAME
-        yield True
+        yield
     finally:
         _SESSIONS.remove(session)
         for key, config in configs.items():

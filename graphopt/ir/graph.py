@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir.weights import PackedWeight
+from graphopt.report import PassRecord
 
 InputKind = Literal["user", "cache"]
 
@@ -55,6 +56,11 @@ class Graph:
     dialect: Literal["captured", "serving"] = "captured"
     inferred: dict[Any, Any] = field(default_factory=dict, repr=False)
     """Shape inference already done, by op and operand types; shared by copies."""
+    records: tuple[PassRecord, ...] = field(default=(), repr=False)
+    """What passes did to this graph, in order; copies keep it, the textual form does not."""
+    limits: dict[str, int] = field(default_factory=dict)
+    """Name of a symbolic size ("sequence") -> the largest value that capture found the model to
+    take. Copies keep it, the textual form does not."""
 
     @property
     def fx_graph(self) -> fx.Graph:
@@ -101,6 +107,8 @@ class Graph:
             dict(self.symbols),
             self.dialect,
             self.inferred,
+            self.records,
+            dict(self.limits),
         )
 
     def prune_weights(self) -> None:

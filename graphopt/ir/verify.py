@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from graphopt.errors import VerifyError
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph, argument, where
-from graphopt.ops.registry import is_impure
+from graphopt.ops.registry import checks_values, is_impure
 
 _NAMESPACES = ("aten", "graphopt", "prims")
 
@@ -58,8 +58,8 @@ def verify(graph: Graph, after: str = "", trusted: Collection[fx.Node] = ()) -> 
                 _check_inferred(builder, node, blame)
         else:
             raise VerifyError(f"{blame}{node.op} node %{node.name} is not part of the IR")
-        is_writer = node.op == "call_function" and is_impure(node.target)
-        if not node.users and node.op != "placeholder" and not is_writer:
+        has_effect = is_impure(node.target) or checks_values(node.target)
+        if not node.users and node.op != "placeholder" and not has_effect:
             raise VerifyError(f"{blame}{where(node)} is dead")
     declared = [spec.name for spec in graph.inputs]
     if placeholders != declared:
@@ -85,7 +85,8 @@ def _check_call(graph: Graph, node: fx.Node, blame: str) -> None:
         if module not in (operator.__name__, math.__name__, "_operator", "torch"):
             raise VerifyError(f"{blame}{target} is not an op of the IR ({where(node)})")
         return
-    if target.namespace not in _NAMESPACES:
+    # A model's own ops may stay in a captured graph; a serving graph needs a row rule for each.
+    if graph.dialect == "serving" and target.namespace not in _NAMESPACES:
         raise VerifyError(f"{blame}namespace {target.namespace!r} is not allowed ({where(node)})")
     if is_impure(target):
         caches = {spec.name for spec in graph.inputs if spec.kind == "cache"}

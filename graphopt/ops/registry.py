@@ -19,6 +19,11 @@ import graphopt.ops
 # torch leaves these three methods untyped.
 _LIBRARY: Any = torch.library.Library("graphopt", "DEF")  # type: ignore[no-untyped-call]
 _REGISTRY: dict[str, OpSpec] = {}
+_ASSERTS = (
+    torch.ops.aten._assert_async.default,
+    torch.ops.aten._assert_async.msg,
+    torch.ops.aten._assert_scalar.default,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,11 @@ def is_impure(target: object) -> bool:
             for argument in target._schema.arguments
         )
     return False
+
+
+def checks_values(target: object) -> bool:
+    """True for asserts about values: they may fail, so they run although nobody reads them."""
+    return isinstance(target, torch._ops.OpOverload) and target in _ASSERTS
 
 
 def nbytes(*tensors: torch.Tensor | None) -> float:

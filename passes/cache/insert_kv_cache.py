@@ -11,14 +11,18 @@ The rows of all requests lie on one axis (batch 1, T rows); `positions` replace 
 token axis; padding operands fall away, since a step has no padding. From the last attention on,
 only the L rows whose logits are wanted are computed.
 
+A constant cut to the length of the sequence (learned positions, rotary tables, position ids) is
+read at `positions` instead.
+
 Precondition, proven op by op (`trace_rows.py`): outside attention no op lets one token row see
-another, and every attention is causal over the same rows. Otherwise the pass is refused with the
-op and its source line. Never touches weights or anything the proof did not cover.
+another or one batch item another, and every attention is causal over the same rows. Otherwise the
+pass is refused with the op and its source line. Never touches weights or anything the proof did not
+cover.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,8 +34,8 @@ from graphopt.ir.graph import Graph, InputSpec, argument, graph_module, shape_of
 from graphopt.ir.shapes import SymbolicInputs
 from graphopt.ops import attention, kv_write, paged_attention
 from graphopt.passes.base import EXACT, Pass, Reject, Stage, Tier
-from graphopt.passes.cache.row_rules import Axis, RowsMixedError
-from graphopt.passes.cache.trace_rows import padding_inputs, trace_rows
+from graphopt.passes.cache.row_layout import Rows, RowsMixedError, Table
+from graphopt.passes.cache.trace_rows import trace_rows
 from graphopt.passes.registry import register
 
 aten = torch.ops.aten
@@ -52,14 +56,13 @@ STEP_INPUTS: tuple[tuple[str, tuple[str, ...]], ...] = (
 class ServingPlan:
     """What the proof found.
 
-    axis: row axis of every node. tail: nodes needed only for the logits, after the last attention.
+    rows: row axis of every node. tail: nodes needed only for the logits, after the last attention.
     """
 
     tokens: fx.Node
     logits: fx.Node
-    axis: Mapping[fx.Node, Axis]
+    rows: Rows
     tail: frozenset[fx.Node]
-    padding: frozenset[fx.Node]
 
 
 @register
@@ -80,25 +83,29 @@ class InsertKvCache(Pass[ServingPlan]):
         tokens = _token_input(graph)
         if tokens is None:
             return Reject("no-token-input", "no int64 [batch, sequence] input of token ids", node)
-        if any(isinstance(size, int) for size in shape_of(tokens)):
+        names = [str(size) for size in shape_of(tokens)]
+        if not all(name in graph.symbols for name in names) or names[0] == names[1]:
             return Reject(
                 "static-sequence",
-                "batch and sequence must be dynamic; capture with dynamic=True",
+                "batch and sequence must be dynamic, each for itself; capture with dynamic=True",
                 tokens,
+                "capture with dynamic=True",
             )
         try:
-            axis = trace_rows(graph, tokens)
+            rows = trace_rows(graph, tokens)
         except RowsMixedError as refusal:
             return Reject(refusal.code, refusal.text, refusal.node)
         outputs = graph.output_nodes
         logits = outputs[0]
-        rank = len(shape_of(logits))
-        if len(outputs) != 1 or axis.get(logits) != 1 or rank != 3:
+        is_logits = rows.of(logits) == 1 and rows.batch_of(logits) == 0
+        if len(outputs) != 1 or not is_logits or len(shape_of(logits)) != 3:
             return Reject(
-                "no-logits", "the graph must return one [batch, sequence, vocabulary]", logits
+                "no-logits",
+                "the graph must return one [batch, sequence, vocabulary]",
+                logits,
+                "return the logits only",
             )
-        padding = frozenset(padding_inputs(graph, tokens))
-        return ServingPlan(tokens, logits, axis, _tail(graph, axis), padding)
+        return ServingPlan(tokens, logits, rows, _tail(graph, rows))
 
     def rewrite(self, builder: GraphBuilder, bound: ServingPlan) -> None:
         """Rebuild the graph over token rows."""
@@ -114,13 +121,17 @@ def _token_input(graph: Graph) -> fx.Node | None:
     return None
 
 
-def _tail(graph: Graph, axis: Mapping[fx.Node, Axis]) -> frozenset[fx.Node]:
-    """Row nodes all of whose readers lead only to the output, back to the last attention."""
+def _tail(graph: Graph, rows: Rows) -> frozenset[fx.Node]:
+    """Row nodes made from row nodes, all of whose readers lead only to the output, back to the last
+    attention."""
     tail: set[fx.Node] = set()
     output = graph.fx_graph.output_node()
     for node in reversed(list(graph.nodes)):
-        is_row = node.op == "call_function" and axis.get(node) is not None
-        if not is_row or node.target is attention.SPEC.overload or not node.all_input_nodes:
+        if node.op != "call_function" or node.target is attention.SPEC.overload:
+            continue
+        # Iotas, fills and tables are made for all rows; the tail picks from them.
+        is_made_of_rows = any(rows.of(operand) is not None for operand in node.all_input_nodes)
+        if rows.of(node) is None or not is_made_of_rows:
             continue
         if all(user is output or user in tail for user in node.users):
             tail.add(node)
@@ -153,7 +164,8 @@ class _Rebuild:
         for name, axes in STEP_INPUTS:
             value = self.fake.tensor(axes, torch.int64)
             self.inputs[name] = self.builder.input(name, value)
-        attentions = self.old.calls(attention.SPEC.overload)
+        found = self.old.calls(attention.SPEC.overload)
+        attentions = [node for node in found if self.plan.rows.of(node) is not None]
         caches = [self._cache_inputs(i, node) for i, node in enumerate(attentions)]
         like = [self.plan.tokens]
         tokens = self.builder.emit(aten.unsqueeze.default, [self.inputs["tokens"], 0], like=like)
@@ -164,8 +176,8 @@ class _Rebuild:
         for node in self.old.nodes:
             if node.op == "get_attr":
                 self.whole[node] = self.builder.weight(str(node.target), like=[node])
-            elif node.op == "call_function" and not self._is_padding(node):
-                if node.target is attention.SPEC.overload and self.plan.axis[node] is not None:
+            elif node.op == "call_function" and self._is_kept(node):
+                if node in attentions:
                     self.whole[node] = self._paged(node, *next(pending))
                 elif isinstance(node.meta["val"], (torch.SymInt, int)):
                     self.whole[node] = self._size(node, self.whole, rows)
@@ -183,11 +195,9 @@ class _Rebuild:
         self.old.symbols = self.fake.names
         self.old.dialect = "serving"
 
-    def _is_padding(self, node: fx.Node) -> bool:
-        """Casts of the padding input on their way to attention."""
-        if not isinstance(node.meta["val"], Tensor) or not node.all_input_nodes:
-            return False
-        return all(n in self.plan.padding or self._is_padding(n) for n in node.all_input_nodes)
+    def _is_kept(self, node: fx.Node) -> bool:
+        """False for casts of the padding input and for asserts about types, proven by now."""
+        return node not in self.plan.rows.padding and node.meta["val"] is not None
 
     def _cache_inputs(self, index: int, node: fx.Node) -> tuple[fx.Node, fx.Node]:
         made = []
@@ -229,7 +239,7 @@ class _Rebuild:
     def _rows_wanted(self, node: fx.Node) -> Any:
         """`node` restricted to the rows whose logits are wanted."""
         if node not in self.chosen:
-            axis = self.plan.axis.get(node)
+            axis = self.plan.rows.of(node)
             value = self.whole[node]
             if axis is not None:
                 rows = self.inputs["logit_rows"]
@@ -241,8 +251,10 @@ class _Rebuild:
 
     def _copy(self, node: fx.Node, operand: Any) -> fx.Node:
         is_iota = node.target in (aten.arange.default, aten.arange.start, aten.arange.start_step)
-        if is_iota and self.plan.axis.get(node) is not None:
+        if is_iota and self.plan.rows.of(node) is not None:
             return self._positions(node)
+        if node in self.plan.rows.tables:
+            return self._table_rows(node, self.plan.rows.tables[node])
         args = fx.node.map_arg(node.args, operand)
         kwargs = fx.node.map_arg(node.kwargs, operand)
         return self.builder.copy(node, args, kwargs)
@@ -253,3 +265,26 @@ class _Rebuild:
         if dtype == torch.int64:
             return positions
         return self.builder.emit(aten._to_copy.default, [positions], {"dtype": dtype}, like=[node])
+
+    def _table_rows(self, node: fx.Node, table: Table) -> fx.Node:
+        """Entry `start + position` of a constant for every row."""
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        at = self.inputs["positions"]
+        if table.start:
+            at = self.builder.emit(aten.add.Tensor, [at, table.start], like=[node])
+        if _is_table_of_rows(source, self.plan.rows):
+            return self.builder.emit(aten.embedding.default, [self.whole[source], at], like=[node])
+        args = [self.whole[source], table.dim, at]
+        return self.builder.emit(aten.index_select.default, args, like=[node])
+
+
+def _is_table_of_rows(source: fx.Node, rows: Rows) -> bool:
+    """A float weight `[L, D]` of which only rows are read: a lookup, which backends do natively."""
+    value = source.meta["val"]
+    return (
+        source.op == "get_attr"
+        and value.ndim == 2
+        and value.dtype.is_floating_point
+        and all(user in rows.tables and rows.tables[user].dim == 0 for user in source.users)
+    )

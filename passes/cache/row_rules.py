@@ -3,319 +3,198 @@
 `trace_rows.py` gives every node
     an axis number   the value holds one slice per token row along that axis
     None             the value does not depend on the tokens
-A rule raises `RowsMixedError` when its op lets one row see another. Attention is the only op that
-may, and only when it is causal over the same rows. Batch items are independent requests, so the
-batch size counts as 1 throughout.
+A rule raises `RowsMixedError` when its op lets one row see another, or one batch item another.
+Attention is the only op that may, and only when it is causal over the same rows. Batch items are
+independent requests. `row_layout.py` holds the terms, `row_shape_rules.py` the ops that move axes.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any
-
-import sympy
 import torch
 from torch import Tensor, fx
 
-from graphopt.ir.graph import argument, op_name, shape_of, tensor_inputs
+from graphopt.ir.graph import argument, is_call, shape_of, tensor_inputs
 from graphopt.ops import (
     attention,
     embedding_wq,
     geglu,
+    layer_norm,
     linear_wq,
     rms_norm,
     rope,
     swiglu,
 )
+from graphopt.passes.cache.row_layout import Axis, Rows, batch_mixed, mixed, rank, refuse_along
+from graphopt.passes.cache.row_shape_rules import SHAPE_RULES, Rule
 
 aten = torch.ops.aten
-Axis = int | None
-
-
-class RowsMixedError(Exception):
-    """Some op mixes token rows, or cannot be shown not to."""
-
-    def __init__(self, code: str, text: str, node: fx.Node) -> None:
-        super().__init__(text)
-        self.code, self.text, self.node = code, text, node
-
-
-class Rows:
-    """State of one walk: the row axis of each node seen so far, and the sequence symbol."""
-
-    def __init__(self, sequence: sympy.Expr, batch: sympy.Expr | None) -> None:
-        self.axis: dict[fx.Node, Axis] = {}
-        self.sequence = sequence
-        self._batch = batch
-
-    def size(self, value: Any) -> sympy.Expr:
-        """A size as an expression, with batch = 1."""
-        expr = value.node.expr if isinstance(value, torch.SymInt) else sympy.sympify(value)
-        return expr if self._batch is None else expr.subs(self._batch, 1)
-
-    def sizes(self, node: fx.Node) -> list[sympy.Expr]:
-        """The sizes of a tensor node, with batch = 1."""
-        return [self.size(s) for s in shape_of(node)]
-
-    def of(self, value: Any) -> Axis:
-        """Row axis of an operand; constants have none."""
-        return self.axis.get(value) if isinstance(value, fx.Node) else None
-
-
-Rule = Callable[[Rows, fx.Node], Axis]
-
-
-def mixed(node: fx.Node, what: str) -> RowsMixedError:
-    """The refusal for an op that is known to mix rows."""
-    return RowsMixedError("rows-mixed", f"{op_name(node)} {what}", node)
-
-
-def _rank(value: Any) -> int:
-    return len(value.meta["val"].shape)
+# Same values, maybe in another dtype.
+CASTS = (
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten._to_copy.default,
+    aten.clone.default,
+)
 
 
 def pointwise(rows: Rows, node: fx.Node) -> Axis:
-    out_rank = _rank(node)
-    found: int | None = None
+    """Element by element, with broadcasting."""
+    found: Axis = None
     for operand in node.all_input_nodes:
         axis = rows.of(operand)
         if axis is None:
             continue
-        aligned = axis + out_rank - _rank(operand)
+        aligned = axis + rank(node) - rank(operand)
         if found is not None and found != aligned:
             raise mixed(node, "pairs every token row with every other (an outer operation)")
         found = aligned
     return found
 
 
-def _same_axis(rows: Rows, node: fx.Node) -> Axis:
-    return rows.of(node.args[0])
-
-
 def _reduction(rows: Rows, node: fx.Node) -> Axis:
-    axis = rows.of(node.args[0])
-    if axis is None:
+    operand = node.args[0]
+    if rows.is_constant(operand):
         return None
     bound = tensor_inputs(node)
-    rank = _rank(node.args[0])
     dims = bound.get("dim")
     listed = [dims] if isinstance(dims, int) else dims
     if not listed:
-        raise mixed(node, "reduces over all token rows")
-    reduced = {d % rank for d in listed}
-    if axis in reduced:
-        raise mixed(node, "works along the token axis")
-    keeps = bool(bound.get("keepdim", False)) or _rank_of_result(node) == rank
-    return axis if keeps else axis - sum(1 for d in reduced if d < axis)
-
-
-def _rank_of_result(node: fx.Node) -> int:
+        raise mixed(node, "reduces over all token rows and batch items")
+    refuse_along(rows, node, operand, listed, "works along")
+    axis = rows.of(operand)
+    before = rank(operand)
     value = node.meta["val"]
-    return len((value if isinstance(value, Tensor) else value[0]).shape)
+    after = len((value if isinstance(value, Tensor) else value[0]).shape)
+    if axis is None or bound.get("keepdim", False) or after == before:
+        return axis
+    return axis - sum(1 for d in {d % before for d in listed} if d < axis)
 
 
 def _along_dim(rows: Rows, node: fx.Node) -> Axis:
-    """Ops that work along one `dim` and keep the rank: softmax, cumsum, sort, topk, flip, roll."""
-    axis = rows.of(node.args[0])
+    """Ops that work along one `dim` and keep the rank: softmax, cumsum, sort, topk, flip."""
+    operand = node.args[0]
     bound = tensor_inputs(node)
     dims = bound.get("dim", bound.get("dims", -1))
-    rank = _rank(node.args[0])
-    if axis is not None and axis in {
-        d % rank for d in (dims if isinstance(dims, list) else [dims])
-    }:
-        raise mixed(node, "works along the token axis")
-    return axis
+    listed = dims if isinstance(dims, (list, tuple)) else [dims]
+    refuse_along(rows, node, operand, listed, "works along")
+    return rows.of(operand)
 
 
 def _last_axes(rows: Rows, node: fx.Node) -> Axis:
     """Norms over trailing axes."""
-    axis = rows.of(node.args[0])
+    operand = node.args[0]
     shape = tensor_inputs(node).get("normalized_shape", [0])
-    if axis is not None and axis >= _rank(node.args[0]) - len(shape):
-        raise mixed(node, "normalises over the token axis")
-    return axis
+    refuse_along(rows, node, operand, range(-len(shape), 0), "normalises over")
+    return rows.of(operand)
+
+
+def _refuse_as_weight(rows: Rows, node: fx.Node, operands: list[object]) -> None:
+    for operand in operands:
+        if rows.of(operand) is not None:
+            raise mixed(node, "uses token rows as a weight")
+        if rows.batch_of(operand) is not None:
+            raise batch_mixed(node, "uses batch items as a weight")
 
 
 def _linear(rows: Rows, node: fx.Node) -> Axis:
-    axis = rows.of(node.args[0])
-    if any(rows.of(operand) is not None for operand in node.args[1:]):
-        raise mixed(node, "uses token rows as a weight")
-    if axis is not None and axis == _rank(node.args[0]) - 1:
-        raise mixed(node, "sums over the token axis")
-    return axis
+    operand = node.args[0]
+    _refuse_as_weight(rows, node, [n for n in node.all_input_nodes if n is not operand])
+    refuse_along(rows, node, operand, [-1], "sums over")
+    return rows.of(operand)
 
 
 def _addmm(rows: Rows, node: fx.Node) -> Axis:
     bias, left, right = node.args[:3]
-    if rows.of(bias) is not None or rows.of(right) is not None:
-        raise mixed(node, "uses token rows as a weight")
-    if rows.of(left) == 1:
-        raise mixed(node, "sums over the token axis")
+    _refuse_as_weight(rows, node, [bias, right])
+    refuse_along(rows, node, left, [1], "sums over")
     return rows.of(left)
 
 
 def _matmul(rows: Rows, node: fx.Node) -> Axis:
     left, right = node.args[:2]
+    refuse_along(rows, node, left, [-1], "sums over")
+    refuse_along(rows, node, right, [max(rank(right) - 2, 0)], "sums over")
     left_axis, right_axis = rows.of(left), rows.of(right)
-    out_rank = _rank(node)
     if left_axis is not None and right_axis is not None:
         raise mixed(node, "multiplies token rows with each other (unrecognised attention?)")
+    # Counted from the end, an axis stays where it is; a vector operand removes the summed one.
     if left_axis is not None:
-        if left_axis == _rank(left) - 1:
-            raise mixed(node, "sums over the token axis")
-        return left_axis + out_rank - _rank(left)
+        return rank(node) - (rank(left) - left_axis - (rank(right) == 1))
     if right_axis is not None:
-        if right_axis == _rank(right) - 2:
-            raise mixed(node, "sums over the token axis")
-        return right_axis + out_rank - _rank(right)
+        from_end = rank(right) - right_axis
+        return rank(node) - (from_end - (rank(left) == 1 and from_end > 1))
     return None
 
 
 def _embedding(rows: Rows, node: fx.Node) -> Axis:
     bound = tensor_inputs(node)
     ids = bound.get("indices", bound.get("ids"))
-    if rows.of(bound.get("weight")) is not None:
-        raise mixed(node, "looks tokens up in a table made of token rows")
+    _refuse_as_weight(rows, node, [n for n in node.all_input_nodes if n is not ids])
     return rows.of(ids)
 
 
-def _transpose(rows: Rows, node: fx.Node) -> Axis:
-    axis = rows.of(node.args[0])
-    if axis is None:
-        return None
-    rank = _rank(node)
-    first, second = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
-    return {first: second, second: first}.get(axis, axis)
-
-
-def _permute(rows: Rows, node: fx.Node) -> Axis:
-    axis = rows.of(node.args[0])
-    order = [int(d) % _rank(node) for d in node.args[1]]  # type: ignore[union-attr, arg-type]
-    return None if axis is None else order.index(axis)
-
-
-def _unsqueeze(rows: Rows, node: fx.Node) -> Axis:
-    axis = rows.of(node.args[0])
-    inserted = int(node.args[1]) % _rank(node)  # type: ignore[arg-type]
-    return None if axis is None else axis + (inserted <= axis)
-
-
-def _squeeze(rows: Rows, node: fx.Node) -> Axis:
-    axis = rows.of(node.args[0])
-    if axis is None:
-        return None
-    rank = _rank(node.args[0])
-    dims = node.args[1]
-    removed = {d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])}  # type: ignore[operator]
-    if axis in removed:
-        raise mixed(node, "drops the token axis")
-    return axis - sum(1 for d in removed if d < axis)
-
-
-def _select(rows: Rows, node: fx.Node) -> Axis:
-    axis = rows.of(node.args[0])
-    dim = int(argument(node, "dim")) % _rank(node.args[0])
-    if axis == dim:
-        raise mixed(node, "picks one token row by its index")
-    return None if axis is None else axis - (dim < axis)
-
-
-def _slice(rows: Rows, node: fx.Node) -> Axis:
-    axis = rows.of(node.args[0])
-    dim = int(argument(node, "dim")) % _rank(node.args[0])
-    whole = rows.sizes(node)[dim] == rows.sizes(node.args[0])[dim]  # type: ignore[arg-type]
-    if axis == dim and not whole:
-        raise mixed(node, "cuts a range out of the token axis")
+def _gather(rows: Rows, node: fx.Node) -> Axis:
+    """Out element [.., i, ..] is the table's element at index[.., i, ..], on every other axis at
+    its own place: those axes must not number token rows."""
+    table, index = argument(node, "self"), argument(node, "index")
+    if rows.of(table) is not None:
+        raise mixed(node, "looks values up in a table made of token rows")
+    axis = rows.of(index)
+    dim = int(argument(node, "dim")) % rank(node)
+    refuse_along(rows, node, table, [dim], "looks values up along")
+    if axis not in (None, dim):
+        raise mixed(node, "numbers token rows by their place in the sequence")
     return axis
-
-
-def _concatenate(rows: Rows, node: fx.Node) -> Axis:
-    axes = {rows.of(part) for part in node.args[0]}  # type: ignore[union-attr]
-    if axes == {None}:
-        return None
-    if len(axes) > 1:
-        raise mixed(node, "joins token rows with values that are not token rows")
-    (axis,) = axes
-    dim = int(argument(node, "dim")) % _rank(node)
-    stacked = node.target is aten.stack.default
-    if axis == dim and not stacked:
-        raise mixed(node, "concatenates along the token axis")
-    return axis + (stacked and dim <= axis) if axis is not None else None
-
-
-def _split(rows: Rows, node: fx.Node) -> Axis:
-    axis = rows.of(node.args[0])
-    dim = int(argument(node, "dim")) % _rank(node.args[0])
-    if axis == dim:
-        raise mixed(node, "splits the token axis")
-    if node.target is aten.unbind.int:
-        return None if axis is None else axis - (dim < axis)
-    return axis
-
-
-def _expand(rows: Rows, node: fx.Node) -> Axis:
-    axis = rows.of(node.args[0])
-    return None if axis is None else axis + _rank(node) - _rank(node.args[0])
-
-
-def _repeat_interleave(rows: Rows, node: fx.Node) -> Axis:
-    axis = rows.of(node.args[0])
-    dim = argument(node, "dim")
-    if axis is not None and (dim is None or int(dim) % _rank(node.args[0]) == axis):
-        raise mixed(node, "repeats token rows")
-    return axis
-
-
-def _reshape(rows: Rows, node: fx.Node) -> Axis:
-    axis = rows.of(node.args[0])
-    if axis is None:
-        return None
-    before, after = rows.sizes(node.args[0]), rows.sizes(node)  # type: ignore[arg-type]
-    prefix = math.prod(before[:axis])
-    for position, size in enumerate(after):
-        if size == rows.sequence and math.prod(after[:position]) == prefix:
-            return position
-    raise mixed(node, "folds the token axis into another axis")
-
-
-def filled(rows: Rows, node: fx.Node) -> Axis:
-    """zeros/ones/full: constant along the token axis when they have one."""
-    sizes = rows.sizes(node)
-    places = [i for i, size in enumerate(sizes) if size == rows.sequence]
-    if len(places) > 1:
-        raise mixed(node, "builds a table with two token axes")
-    return places[0] if places else None
-
-
-def _arange(rows: Rows, node: fx.Node) -> Axis:
-    sizes = rows.sizes(node)
-    if not any(rows.sequence in size.free_symbols for size in sizes):
-        return None
-    start = tensor_inputs(node).get("start", 0)
-    step = tensor_inputs(node).get("step", 1)
-    if sizes != [rows.sequence] or start != 0 or step != 1:
-        raise mixed(node, "counts something other than 0, 1, .. over the token axis")
-    return 0
 
 
 def _convolution(rows: Rows, node: fx.Node) -> Axis:
-    if rows.of(node.args[0]) is not None and rows.of(node.args[0]) >= 2:  # type: ignore[operator]
+    axis = rows.of(node.args[0])
+    if axis is not None and axis >= 2:
         raise mixed(node, "slides over the token axis, so a row depends on its neighbours")
     raise mixed(node, "convolves token rows in a way that is not analysed")
 
 
 def _attention(rows: Rows, node: fx.Node) -> Axis:
-    q, k, v = (argument(node, name) for name in ("q_BHSD", "k_BGTD", "v_BGTE"))
-    if {rows.of(q), rows.of(k), rows.of(v)} == {None}:
+    if all(rows.is_constant(operand) for operand in node.all_input_nodes):
         return None
+    q, k, v = (argument(node, name) for name in ("q_BHSD", "k_BGTD", "v_BGTE"))
+    for operand in (q, k, v):
+        heads, width = (shape_of(operand)[i] for i in (1, 3))
+        if not isinstance(heads, int) or not isinstance(width, int):
+            raise batch_mixed(
+                node,
+                "has heads whose number depends on the batch or the sequence; write it over "
+                "[batch, heads, sequence, width]",
+            )
     if not {rows.of(q), rows.of(k), rows.of(v)} == {2}:
         raise mixed(node, "attends from token rows to something else (cross-attention)")
     if not argument(node, "causal"):
         raise mixed(node, "is bidirectional: later tokens change earlier ones")
     if argument(node, "mask") is not None:
         raise mixed(node, "has a dense mask whose meaning is not proven")
+    for name in ("predicate", "bias"):
+        if argument(node, name):
+            raise mixed(node, f"has a {name} that the paged cache has no kernel for")
+    padding = argument(node, "pad_BT")
+    if padding is not None and padding not in rows.padding and not _is_all_true(padding):
+        raise mixed(
+            node,
+            "has a padding mask that is not an input of its own: a step has no padding, and "
+            "dropping this mask would change the result",
+        )
+    if not rows.is_constant(argument(node, "sinks_H")):
+        raise mixed(node, "has sinks that depend on the tokens")
     return 2
+
+
+def _is_all_true(mask: fx.Node) -> bool:
+    """A mask of ones, which some models make when they are given none."""
+    while is_call(mask, *CASTS, aten.expand.default):
+        (mask,) = (n for n in mask.all_input_nodes if n is mask.args[0])
+    if is_call(mask, aten.full.default):
+        return bool(argument(mask, "fill_value") == 1)
+    return is_call(mask, aten.ones.default)
 
 
 def _rope(rows: Rows, node: fx.Node) -> Axis:
@@ -329,6 +208,7 @@ def _rope(rows: Rows, node: fx.Node) -> Axis:
 
 
 RULES: dict[object, Rule] = {
+    **SHAPE_RULES,
     aten.linear.default: _linear,
     linear_wq.SPEC.overload: _linear,
     aten.addmm.default: _addmm,
@@ -337,40 +217,13 @@ RULES: dict[object, Rule] = {
     aten.matmul.default: _matmul,
     aten.embedding.default: _embedding,
     embedding_wq.SPEC.overload: _embedding,
-    aten.transpose.int: _transpose,
-    aten.permute.default: _permute,
-    aten.unsqueeze.default: _unsqueeze,
-    aten.squeeze.dim: _squeeze,
-    aten.squeeze.dims: _squeeze,
-    aten.select.int: _select,
-    aten.slice.Tensor: _slice,
-    aten.cat.default: _concatenate,
-    aten.stack.default: _concatenate,
-    aten.split.Tensor: _split,
-    aten.split_with_sizes.default: _split,
-    aten.chunk.default: _split,
-    aten.unbind.int: _split,
-    aten.expand.default: _expand,
-    aten.repeat_interleave.self_int: _repeat_interleave,
-    aten.reshape.default: _reshape,
-    aten.view.default: _reshape,
-    aten.flatten.using_ints: _reshape,
-    aten.unflatten.int: _reshape,
-    aten.arange.default: _arange,
-    aten.arange.start: _arange,
-    aten.arange.start_step: _arange,
-    aten.zeros.default: filled,
-    aten.ones.default: filled,
-    aten.full.default: filled,
+    aten.gather.default: _gather,
     aten.layer_norm.default: _last_axes,
     aten.native_layer_norm.default: _last_axes,
+    layer_norm.SPEC.overload: _last_axes,
     rms_norm.SPEC.overload: _last_axes,
-    aten.to.dtype: pointwise,
-    aten.to.device: pointwise,
-    aten.to.dtype_layout: pointwise,
+    **dict.fromkeys(CASTS, pointwise),
     aten.to.other: pointwise,
-    aten._to_copy.default: pointwise,
-    aten.clone.default: pointwise,
     aten.dropout.default: pointwise,
     swiglu.SPEC.overload: pointwise,
     geglu.SPEC.overload: pointwise,
@@ -379,7 +232,6 @@ RULES: dict[object, Rule] = {
     aten.conv1d.default: _convolution,
     aten.conv2d.default: _convolution,
     aten.convolution.default: _convolution,
-    aten.contiguous.default: _same_axis,
     aten.mean.dim: _reduction,
     aten.sum.dim_IntList: _reduction,
     aten.amax.default: _reduction,

@@ -1,118 +1,116 @@
 """The row-independence proof: follow the token axis through a captured graph.
 
 `trace_rows` walks the graph once, op by op, with the rules of `row_rules.py`, and raises
-`RowsMixedError` at the first op that lets one token row see another, that computes with the length
-of the sequence, or that it has no rule for.
+`RowsMixedError` at the first op that lets one token row or batch item see another, that computes
+with the length of the sequence, or that it has no rule for.
 """
 
 from __future__ import annotations
+
+import operator
 
 import sympy
 import torch
 from torch import Tensor, fx
 
-from graphopt.ir.graph import Graph, argument, op_name, shape_of
+from graphopt.ir.graph import Graph, argument, is_call, op_name, shape_of
 from graphopt.ops import attention
-from graphopt.passes.cache.row_rules import (
-    RULES,
+from graphopt.passes.cache.row_layout import (
     Axis,
     Rows,
     RowsMixedError,
-    filled,
-    mixed,
-    pointwise,
+    check_numbers,
+    check_result,
+    sizes,
+    unknown,
 )
+from graphopt.passes.cache.row_rules import CASTS, RULES, pointwise
+from graphopt.passes.cache.row_shape_rules import TAKES_SIZES
 
 aten = torch.ops.aten
-
-# Ops that take sizes: the sequence length may reach them as a number. Anywhere else it would be
-# arithmetic on how long the sequence is, which a token row must not depend on.
-_TAKES_SIZES = frozenset(
-    {
-        aten.reshape.default,
-        aten.view.default,
-        aten.expand.default,
-        aten.arange.default,
-        aten.arange.start,
-        aten.arange.start_step,
-        aten.zeros.default,
-        aten.ones.default,
-        aten.full.default,
-        aten.slice.Tensor,
-    }
-)
+_SIZE_READS = (aten.sym_size.int, aten.sym_numel.default)
 
 
-def trace_rows(graph: Graph, tokens: fx.Node) -> dict[fx.Node, Axis]:
-    """Row axis of every node, `tokens` being `[batch, sequence]` ids.
+def trace_rows(graph: Graph, tokens: fx.Node) -> Rows:
+    """Row axis of every node, `tokens` being `[batch, sequence]` ids of two symbolic sizes.
 
     Raises RowsMixedError naming the op in the way.
     """
-    batch, sequence = (
-        size.node.expr if isinstance(size, torch.SymInt) else sympy.sympify(size)
-        for size in shape_of(tokens)
-    )
-    rows = Rows(sequence, batch if batch.free_symbols else None)
-    padding = padding_inputs(graph, tokens)
+    batch, sequence = sizes(tokens)
+    if not isinstance(batch, sympy.Symbol) or not isinstance(sequence, sympy.Symbol):
+        raise RowsMixedError("static-sequence", "batch and sequence are not symbols", tokens)
+    rows = Rows(batch, sequence, padding=padding_nodes(graph, tokens))
     for node in graph.nodes:
         if node is tokens:
             rows.axis[node] = 1
+        elif node in rows.padding:
+            continue
         elif node.op == "placeholder":
-            if node not in padding and node.users:
+            if node.users:
                 raise RowsMixedError(
                     "extra-input", f"input %{node.name} is not the token ids", node
                 )
-        elif node.op == "call_function" and isinstance(node.meta["val"], (Tensor, list, tuple)):
-            rows.axis[node] = _trace_call(rows, node)
-    return rows.axis
+        elif node.op == "call_function":
+            if isinstance(node.meta["val"], (Tensor, list, tuple)):
+                rows.axis[node] = _trace_call(rows, node)
+                check_result(rows, node, rows.axis[node])
+            else:
+                _check_number(node)
+    return rows
 
 
 def _trace_call(rows: Rows, node: fx.Node) -> Axis:
-    if str(getattr(node.target, "__name__", "")) == "getitem":
+    if node.target is operator.getitem:
         return rows.of(node.args[0])
-    if node.target not in _TAKES_SIZES:
-        for operand in node.all_input_nodes:
-            value = operand.meta["val"]
-            if isinstance(value, torch.SymInt) and rows.sequence in rows.size(value).free_symbols:
-                raise mixed(node, "computes with the length of the sequence")
+    check_numbers(node, TAKES_SIZES)
     rule = RULES.get(node.target)
     if rule is not None:
         return rule(rows, node)
     target = node.target
-    if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
+    tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
+    if torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags:
         return pointwise(rows, node)
-    if all(rows.of(operand) is None for operand in node.all_input_nodes):
-        return filled(rows, node) if isinstance(node.meta["val"], Tensor) else None
-    raise RowsMixedError(
-        "rows-unknown",
-        f"{op_name(node)} reads token rows and is not known to keep them apart",
-        node,
-    )
+    if not all(rows.is_constant(operand) for operand in node.all_input_nodes):
+        raise unknown(node, "reads token rows and is not known to keep them apart")
+    # Its operands are constants; `check_result` refuses it when its sizes are not.
+    return None
 
 
-def padding_inputs(graph: Graph, tokens: fx.Node) -> set[fx.Node]:
-    """Inputs whose only use is the padding operand of attention, directly or through a cast.
+def _check_number(node: fx.Node) -> None:
+    """Calls without a tensor result: sizes and arithmetic on them, and asserts about types."""
+    reads_tensor = any(isinstance(n.meta["val"], Tensor) for n in node.all_input_nodes)
+    if is_call(node, *_SIZE_READS, aten._assert_tensor_metadata.default):
+        return
+    if reads_tensor or "_assert" in op_name(node):
+        raise unknown(node, "reads values as numbers, which a step cannot do row by row")
 
-    A serving step has no padding, so they fall away."""
+
+def padding_nodes(graph: Graph, tokens: fx.Node) -> frozenset[fx.Node]:
+    """Inputs whose only use is the padding operand of attention, directly or through a cast, and
+    those casts. A serving step has no padding, so they fall away."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "placeholder" and node is not tokens and _only_pads(node):
+        is_padding_input = (
+            node.op == "placeholder"
+            and node is not tokens
+            and list(map(str, shape_of(node))) == list(map(str, shape_of(tokens)))
+            and _only_pads(node)
+        )
+        if is_padding_input or (is_call(node, *CASTS) and node.args[0] in found):
             found.add(node)
-    return found
+    return frozenset(found)
 
 
 def _only_pads(node: fx.Node) -> bool:
-    for user in node.users:
-        if user.target is attention.SPEC.overload:
-            others = [argument(user, name) for name in ("q_BHSD", "k_BGTD", "v_BGTE", "mask")]
-            if node in others or argument(user, "sinks_H") is node:
-                return False
-        elif not isinstance(user.meta.get("val"), Tensor) and user.op == "call_function":
-            # Its size; the sizes of a serving step come from the tokens.
-            continue
-        elif op_name(user).startswith(("aten.to", "aten._to_copy", "aten.clone")):
-            if not _only_pads(user):
-                return False
-        else:
-            return False
-    return True
+    return all(_is_padding_use(node, user) for user in node.users)
+
+
+def _is_padding_use(node: fx.Node, user: fx.Node) -> bool:
+    if user.target is attention.SPEC.overload:
+        uses = list(user.args) + list(user.kwargs.values())
+        flat = [n for use in uses for n in (use if isinstance(use, (list, tuple)) else [use])]
+        return flat.count(node) == 1 and argument(user, "pad_BT") is node
+    if is_call(user, *_SIZE_READS, aten._assert_tensor_metadata.default):
+        # The sizes of a serving step come from the tokens.
+        return True
+    return is_call(user, *CASTS) and user.all_input_nodes == [node] and _only_pads(user)

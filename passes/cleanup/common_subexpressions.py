@@ -3,7 +3,8 @@
     before   %1 = aten.unsqueeze(%c, 1) ... %9 = aten.unsqueeze(%c, 1)
     after    users of %9 read %1
 
-Only deterministic ops that write nothing. Exact.
+Only deterministic ops that write nothing, and numbers that are the same bit for bit: 0.0 and -0.0
+are different. Exact.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ def _key(node: fx.Node, same: dict[fx.Node, fx.Node] | None = None) -> Any:
             return tuple(freeze(v) for v in value)
         if isinstance(value, dict):
             return tuple(sorted((k, freeze(v)) for k, v in value.items()))
-        return (type(value), value)
+        # Equal floats may be different numbers: 0.0 and -0.0. Equal text is the same number.
+        return (type(value), repr(value) if isinstance(value, (float, complex)) else value)
 
     return (node.target, freeze(node.args), freeze(dict(node.kwargs)))

@@ -14,7 +14,7 @@ from torch import fx
 
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph, op_name
-from graphopt.ops.registry import is_impure
+from graphopt.ops.registry import checks_values, is_impure
 from graphopt.passes.base import Pass, Reject, Stage
 from graphopt.passes.registry import register
 
@@ -37,17 +37,24 @@ class DeadCode(Pass[DeadNode]):
     def match(self, graph: Graph) -> Iterable[fx.Node]:
         """Unused calls, users before operands."""
         unused: list[fx.Node] = []
+        dead: set[fx.Node] = set()
         for node in reversed(list(graph.nodes)):
-            if node.op == "call_function" and all(user in unused for user in node.users):
+            if node.op == "call_function" and dead.issuperset(node.users):
                 unused.append(node)
+                if not _has_effect(node):
+                    dead.add(node)
         return unused
 
     def check(self, graph: Graph, node: fx.Node) -> DeadNode | Reject:
-        """Ops that write stay."""
-        if is_impure(node.target):
+        """Ops that write stay, and asserts about values."""
+        if _has_effect(node):
             return Reject("has-effect", f"{op_name(node)} writes or checks something", node)
         return DeadNode(node)
 
     def rewrite(self, builder: GraphBuilder, bound: DeadNode) -> None:
         """Erase it."""
         builder.graph.fx_graph.erase_node(bound.node)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    return is_impure(node.target) or checks_values(node.target)

@@ -4,7 +4,9 @@
     after    (nothing)
 
 Dropped only when the operand's recorded dtype and device are what the assert demands. Asserts about
-values are rejected and stay. Exact.
+values (`torch._assert_async`, `torch._check` of a number read from a tensor) are rejected, stay in
+the graph and run with it: no cleanup removes them, and a graph that holds one is not served with a
+KV cache. Exact.
 """
 
 from __future__ import annotations

@@ -2,53 +2,42 @@
 
     (a)  graphopt.attention(...)  emitted by the Hugging Face hook: adopted as it is
     (b)  aten.scaled_dot_product_attention(q, k, v, mask, is_causal, scale)
-    (c)  softmax(q @ k^T * scale + mask, -1) @ v, written by hand
+    (c)  softmax(...q @ k^T..., -1) @ v, written by hand
 
-    after    graphopt.attention(q, k, v, ..., scale=, causal=, window=)
+    after    graphopt.attention(q, k, v, ..., scale=, causal=, window=, softcap=, predicate=)
 
-A mask is dropped only when its meaning is proven (`mask_meaning.py`); otherwise it stays a dense
-operand. Repeated key/value heads are read un-repeated. Rejected: softmax over another axis, scores
-or probabilities used elsewhere, active dropout, and whatever multiplies no two tensors of heads.
+What stands between the product and the softmax is read as algebra (`graphopt.passes.masks`), not
+as a chain of ops: scales, softcap, additive and boolean masks in any order. A mask is dropped only
+when its meaning is proven; otherwise it stays a dense operand, with the reason in the report.
+Repeated key/value heads are read un-repeated. Rejected, with a code: softmax over another axis,
+scores or probabilities used elsewhere, active dropout, and whatever multiplies no two tensors of
+heads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace as replace_field
 from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from graphopt.ir.builder import GraphBuilder, replace
-from graphopt.ir.graph import Graph, argument, dtype_of, is_call, op_name, shape_of
+from graphopt.ir.graph import Graph, argument, is_call, shape_of
 from graphopt.ops import attention
 from graphopt.passes.base import Pass, Reject, Stage, Tier
-from graphopt.passes.fuse.mask_meaning import MaskMeaning, read_mask
+from graphopt.passes.fuse.attention_operands import Operand, is_tensor, unrepeated
+from graphopt.passes.fuse.attention_site import AttentionSite, hand_written, mask_sizes, proven
+from graphopt.passes.masks import algebra as ia
+from graphopt.passes.masks.grid import Candidate
+from graphopt.passes.masks.meaning import MaskMeaning, reader
+from graphopt.passes.masks.scores import read_additive
+from graphopt.passes.masks.values import axis
 from graphopt.passes.registry import register
 
 aten = torch.ops.aten
-_SOFTMAX = (aten.softmax.int, aten._softmax.default)
-_CASTS = (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.type_as.default)
-_PRODUCT = (aten.matmul.default, aten.bmm.default)
-_SCALE = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
-_FILL = (aten.masked_fill.Scalar,)
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionSite:
-    """`last` computes attention. mask: dense operand that could not be proven."""
-
-    last: fx.Node
-    q: fx.Node
-    k: fx.Node
-    v: fx.Node
-    scale: float
-    causal: bool = False
-    window: int = 0
-    mask: fx.Node | None = None
-    padding: fx.Node | None = None
-    adopted: bool = False
+SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 
 
 @register
@@ -65,35 +54,54 @@ class FuseAttention(Pass[AttentionSite]):
         return [
             node
             for node in graph.nodes
-            if is_call(node, sdpa, *_SOFTMAX)
+            if is_call(node, sdpa, *SOFTMAX)
             or (is_call(node, attention.SPEC.overload) and not _is_adopted(node))
         ]
 
     def check(self, graph: Graph, node: fx.Node) -> AttentionSite | Reject:
         """By road."""
         if is_call(node, attention.SPEC.overload):
-            q, k, v = (argument(node, n) for n in ("q_BHSD", "k_BGTD", "v_BGTE"))
-            return AttentionSite(node, q, k, v, float(argument(node, "scale")), adopted=True)
-        if is_call(node, *_SOFTMAX):
-            return _hand_written(node)
-        return _sdpa(node)
+            return _hooked(graph, node)
+        if is_call(node, *SOFTMAX):
+            return hand_written(graph, node)
+        return _sdpa(graph, node)
+
+    def remark(self, bound: AttentionSite) -> str:
+        """Why a mask operand stays."""
+        why = bound.meaning.why_dense
+        return f"dense mask kept: {why}" if why else ""
 
     def rewrite(self, builder: GraphBuilder, bound: AttentionSite) -> None:
         """Emit the op where the last node stood."""
         with builder.at(bound.last):
-            if bound.adopted:
-                args, kwargs = bound.last.args, dict(bound.last.kwargs)
-                new = builder.emit(attention.SPEC.overload, args, kwargs, like=[bound.last])
-            else:
-                q, k, v = (_as_heads(builder, n) for n in (bound.q, bound.k, bound.v))
-                new = builder.emit(
-                    attention.SPEC.overload,
-                    [q, k, v, bound.mask, bound.padding],
-                    {"scale": bound.scale, "causal": bound.causal, "window": bound.window},
-                    like=[bound.last, bound.q, bound.k, bound.v],
-                )
-                if len(shape_of(bound.last)) == 3:
-                    new = builder.emit(aten.squeeze.dim, [new, 0], like=[new])
+            operands = [operand.emit(builder) for operand in (bound.q, bound.k, bound.v)]
+            meaning = bound.meaning
+            new = builder.emit(
+                attention.SPEC.overload,
+                [
+                    *operands,
+                    _mask(builder, bound),
+                    _padding(builder, meaning.padding),
+                    None if bound.sinks is None else bound.sinks.emit(builder),
+                    *([list(meaning.aux)] if meaning.aux else []),
+                ],
+                {
+                    "scale": bound.scale,
+                    "causal": meaning.causal,
+                    "window": meaning.window,
+                    "softcap": bound.softcap,
+                    **({"predicate": meaning.predicate} if meaning.predicate else {}),
+                    **({"bias": meaning.bias} if meaning.bias else {}),
+                },
+                like=[bound.last, *operands],
+            )
+            new.meta["layer"] = bound.last.meta["layer"]
+            if bound.order is not None:
+                new = builder.emit(aten.permute.default, [new, list(bound.order)], like=[new])
+            if bound.is_folded:
+                new = builder.emit(aten.flatten.using_ints, [new, 0, 1], like=[new])
+            elif len(shape_of(bound.last)) == 3:
+                new = builder.emit(aten.squeeze.dim, [new, 0], like=[new])
         new.meta["layer"] = bound.last.meta["layer"]
         replace(builder.graph, bound.last, new)
 
@@ -102,202 +110,105 @@ def _is_adopted(node: fx.Node) -> bool:
     return any(name.startswith("fuse_attention#") for name in node.meta["history"])
 
 
-def _as_heads(builder: GraphBuilder, node: fx.Node) -> fx.Node:
-    """3-D operands get a leading axis of 1: `[B*H, S, D]` is one batch of B*H heads."""
-    if len(shape_of(node)) == 4:
-        return node
-    return builder.emit(aten.unsqueeze.default, [node, 0], like=[node])
+def _mask(builder: GraphBuilder, site: AttentionSite) -> fx.Node | None:
+    mask = site.meaning.mask
+    if mask is None or not site.mask_is_inverted:
+        return mask
+    return builder.emit(aten.logical_not.default, [mask], like=[mask])
 
 
-def _sdpa(node: fx.Node) -> AttentionSite | Reject:
-    if argument(node, "dropout_p"):
-        return Reject("dropout-on", "attention dropout is active", node)
-    q, k, v = (argument(node, n) for n in ("query", "key", "value"))
-    if len(shape_of(q)) not in (3, 4):
-        return Reject("not-heads", "expected [batch, heads, sequence, width]", node)
-    scale = argument(node, "scale")
-    factor = float(scale) if scale is not None else float(shape_of(q)[-1]) ** -0.5
-    k, v = _unrepeated(k), _unrepeated(v)
-    if argument(node, "is_causal"):
-        return AttentionSite(node, q, k, v, factor, causal=True)
-    mask = argument(node, "attn_mask")
-    return _with_mask(AttentionSite(node, q, k, v, factor), mask)
+def _padding(builder: GraphBuilder, parts: tuple[fx.Node, ...]) -> fx.Node | None:
+    if not parts:
+        return None
+    result = parts[0]
+    for part in parts[1:]:
+        result = builder.emit(aten.logical_and.default, [result, part], like=[result, part])
+    return result
 
 
-def _with_mask(site: AttentionSite, mask: fx.Node | None) -> AttentionSite:
+def _hooked(graph: Graph, node: fx.Node) -> AttentionSite:
+    """Adopted; a dense mask that transformers built is read like any other."""
+    q, k, v, mask, pad, sinks = (
+        argument(node, name) for name in ("q_BHSD", "k_BGTD", "v_BGTE", "mask", "pad_BT", "sinks_H")
+    )
+    given = MaskMeaning(
+        bool(argument(node, "causal")),
+        int(argument(node, "window")),
+        () if pad is None else (pad,),
+        str(argument(node, "predicate")),
+        str(argument(node, "bias")),
+        tuple(argument(node, "aux") or ()),
+        mask,
+        "" if mask is None else "mask-not-proven: transformers' own mask",
+    )
+    scale, softcap = float(argument(node, "scale")), float(argument(node, "softcap"))
+    sink = None if sinks is None else Operand(sinks)
+    site = AttentionSite(node, Operand(q), Operand(k), Operand(v), scale, softcap, sink, given)
     if mask is None:
         return site
-    meaning = read_mask(mask, _visible)
-    return _apply(site, mask, meaning)
-
-
-def _visible(values: Tensor) -> Tensor:
-    """Booleans as they are; additive masks: 0 is visible, anything very negative is hidden."""
-    if values.dtype == torch.bool:
-        return values
-    hidden = values <= torch.finfo(values.dtype).min / 2
-    is_binary = bool((hidden | (values == 0)).all())
-    return ~hidden if is_binary else torch.zeros((), dtype=torch.bool)
-
-
-def _apply(site: AttentionSite, mask: fx.Node, meaning: MaskMeaning | None) -> AttentionSite:
-    dense = None if meaning is not None else mask
-    return AttentionSite(
-        site.last,
-        site.q,
-        site.k,
-        site.v,
-        site.scale,
-        causal=meaning is not None and meaning.causal,
-        window=0 if meaning is None else meaning.window,
-        mask=dense,
-        padding=None if meaning is None else meaning.padding,
+    sizes = (*shape_of(q)[:3], shape_of(k)[2])
+    alone = _with_mask(graph, replace_field(site, meaning=MaskMeaning()), mask, sizes).meaning
+    is_clear = not (given.window and alone.window) and not (given.bias and alone.bias)
+    if not is_clear or given.aux:
+        return site
+    return replace_field(
+        site,
+        meaning=MaskMeaning(
+            given.causal or alone.causal,
+            given.window or alone.window,
+            (*given.padding, *alone.padding),
+            alone.predicate,
+            alone.bias,
+            alone.aux,
+            alone.mask,
+            alone.why_dense,
+        ),
     )
 
 
-def _hand_written(softmax: fx.Node) -> AttentionSite | Reject:
-    """Walk down to the product with v, then up to the product of q and k."""
-    rank = len(shape_of(softmax))
-    if int(argument(softmax, "dim")) % rank != rank - 1:
-        return Reject("softmax-axis", "the softmax is not over the last axis", softmax)
-    down = _down(softmax)
-    if isinstance(down, Reject):
-        return down
-    last, v = down
-    up = _up(softmax)
-    if isinstance(up, Reject):
-        return up
-    product, scale, mask, fill = up
-    q, k = product.args[:2]
-    assert isinstance(q, fx.Node)
-    assert isinstance(k, fx.Node)
-    q, q_scale = _scaled(q)
-    k, k_scale = _scaled(k)
-    transposed = _transposed(k)
-    if transposed is None:
-        return Reject("keys-not-transposed", "the second factor is not a transposed key", product)
-    k, inner = _scaled(transposed)
-    site = AttentionSite(last, q, _unrepeated(k), _unrepeated(v), scale * q_scale * k_scale * inner)
-    if fill is not None:
-        hidden = fill.args[1]
-        assert isinstance(hidden, fx.Node)
-        meaning = read_mask(hidden, lambda values: ~values)
-        if meaning is None:
-            return Reject("masked-fill", "the masked_fill mask has no proven meaning", fill)
-        return _apply(site, hidden, meaning)
-    return _with_mask(site, mask)
+def _sdpa(graph: Graph, node: fx.Node) -> AttentionSite | Reject:
+    if argument(node, "dropout_p"):
+        text = "attention dropout is active"
+        return Reject("dropout-on", text, node, "turn dropout off: model.eval()")
+    q, k, v = (argument(node, name) for name in ("query", "key", "value"))
+    if len(shape_of(q)) not in (3, 4) or len(shape_of(k)) != len(shape_of(q)):
+        text = "expected [batch, heads, sequence, width]"
+        return Reject("not-heads", text, node, "give q, k and v four axes")
+    scale = argument(node, "scale")
+    factor = float(scale) if scale is not None else float(shape_of(q)[-1]) ** -0.5
+    q_BHSD, k_BGTD, v_BGTE = Operand(q), unrepeated(Operand(k)), unrepeated(Operand(v))
+    if len(shape_of(q)) == 3:
+        # One batch of many heads: rows stay apart, and masks [N, S, T] go with the heads.
+        q_BHSD, k_BGTD, v_BGTE = (
+            operand.then(aten.unsqueeze.default, 0) for operand in (q_BHSD, k_BGTD, v_BGTE)
+        )
+    site = AttentionSite(node, q_BHSD, k_BGTD, v_BGTE, factor, 0.0, None, MaskMeaning())
+    sizes = (*shape_of(q)[:-1], shape_of(k)[-2])
+    if argument(node, "is_causal"):
+        visible = ia.less_equal(axis(3), axis(2))
+        found = proven(graph, site, visible, None, sizes, None)
+        if isinstance(found, AttentionSite):
+            return found
+        text = f"is_causal with more queries than keys: {found.text}"
+        return Reject("causal-alignment", text, node, "give as many queries as keys, or a mask")
+    return _with_mask(graph, site, argument(node, "attn_mask"), sizes)
 
 
-def _down(softmax: fx.Node) -> tuple[fx.Node, fx.Node] | Reject:
-    """(probabilities @ v, v)."""
-    node = softmax
-    while True:
-        users = list(node.users)
-        if len(users) != 1:
-            return Reject("probabilities-used", "the probabilities have other users", softmax)
-        (user,) = users
-        if is_call(user, *_CASTS, aten.expand.default, aten.contiguous.default):
-            node = user
-        elif is_call(user, aten.dropout.default):
-            if argument(user, "train") and argument(user, "p"):
-                return Reject("dropout-on", "attention dropout is active", user)
-            node = user
-        elif is_call(user, *_PRODUCT) and user.args[0] is node:
-            v = user.args[1]
-            assert isinstance(v, fx.Node)
-            return user, v
-        else:
-            text = f"expected a product with the values after the softmax, found {op_name(user)}"
-            return Reject("no-value-product", text, user)
-
-
-def _up(
-    softmax: fx.Node,
-) -> tuple[fx.Node, float, fx.Node | None, fx.Node | None] | Reject:
-    """(q @ k^T, scale, additive or boolean mask, masked_fill node)."""
-    node = softmax.args[0]
-    scale, mask, fill = 1.0, None, None
-    while True:
-        assert isinstance(node, fx.Node)
-        if len(node.users) != 1:
-            return Reject("scores-used", "the scores have other users", node)
-        if is_call(node, *_PRODUCT):
-            return node, scale, mask, fill
-        if is_call(node, *_CASTS):
-            node = node.args[0]
-        elif is_call(node, *_SCALE) and isinstance(node.args[1], (int, float)):
-            factor = float(node.args[1])
-            scale *= factor if is_call(node, *_SCALE[:2]) else 1.0 / factor
-            node = node.args[0]
-        elif is_call(node, aten.add.Tensor) and mask is None and fill is None and scale == 1.0:
-            left, right = node.args[:2]
-            if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
-                return Reject("bias-number", "a number is added to the scores", node)
-            left_is_mask = _is_mask(left) or not _leads_to_product(left)
-            mask, node = (left, right) if left_is_mask else (right, left)
-        elif is_call(node, *_FILL) and mask is None and fill is None and scale == 1.0:
-            if float(argument(node, "value")) > -1e4:
-                return Reject("masked-fill", "masked_fill does not hide positions", node)
-            fill, node = node, node.args[0]
-        else:
-            return Reject("not-scores", f"{op_name(node)} between the product and softmax", node)
-
-
-def _is_mask(node: fx.Node) -> bool:
-    return read_mask(node, _visible) is not None
-
-
-def _leads_to_product(node: fx.Node) -> bool:
-    while is_call(node, *_CASTS, *_SCALE):
-        operand = node.args[0]
-        assert isinstance(operand, fx.Node)
-        node = operand
-    return is_call(node, *_PRODUCT)
-
-
-def _scaled(node: fx.Node) -> tuple[fx.Node, float]:
-    """Strip a multiplication by a number."""
-    factor = 1.0
-    while is_call(node, *_SCALE) and isinstance(node.args[1], (int, float)):
-        number = float(node.args[1])
-        factor *= number if is_call(node, *_SCALE[:2]) else 1.0 / number
-        operand = node.args[0]
-        assert isinstance(operand, fx.Node)
-        node = operand
-    return node, factor
-
-
-def _transposed(node: fx.Node) -> fx.Node | None:
-    """The operand of a swap of the last two axes."""
-    rank = len(shape_of(node))
-    if is_call(node, aten.transpose.int):
-        dims = {int(argument(node, d)) % rank for d in ("dim0", "dim1")}
-        operand = node.args[0]
-        assert isinstance(operand, fx.Node)
-        return operand if dims == {rank - 1, rank - 2} else None
-    return None
-
-
-def _unrepeated(node: fx.Node) -> fx.Node:
-    """k or v before its heads were repeated for the query heads, else the node itself."""
-    if is_call(node, aten.repeat_interleave.self_int) and argument(node, "dim") in (1, -3):
-        operand = node.args[0]
-        return operand if isinstance(operand, fx.Node) and len(shape_of(node)) == 4 else node
-    if not is_call(node, aten.reshape.default) or len(shape_of(node)) != 4:
-        return node
-    expand = node.args[0]
-    if is_call(expand, aten.clone.default, aten.contiguous.default):
-        expand = expand.args[0]  # type: ignore[union-attr]
-    if not is_call(expand, aten.expand.default):
-        return node
-    assert isinstance(expand, fx.Node)
-    inserted = expand.args[0]
-    if not is_call(inserted, aten.unsqueeze.default) or inserted.args[1] != 2:  # type: ignore[union-attr]
-        return node
-    assert isinstance(inserted, fx.Node)
-    base = inserted.args[0]
-    assert isinstance(base, fx.Node)
-    wide, heads = shape_of(expand), shape_of(node)[1]
-    is_repeat = len(wide) == 5 and isinstance(heads, int) and heads == wide[1] * wide[2]
-    same_tail = str(shape_of(node)[2:]) == str(shape_of(base)[2:])
-    return base if is_repeat and same_tail and dtype_of(base) == dtype_of(node) else node
+def _with_mask(
+    graph: Graph,
+    site: AttentionSite,
+    mask: fx.Node | None,
+    sizes: tuple[int | torch.SymInt, ...],
+) -> AttentionSite:
+    if mask is None or not is_tensor(mask):
+        return site
+    values = reader(graph)
+    element = values.element(mask, mask_sizes(sizes))
+    if element is None:
+        return site.dense(mask, "mask-shape: the mask has more axes than the scores")
+    visible, bias = read_additive(element)
+    candidate = Candidate(mask, None, sizes, site.scale, site.softcap)
+    found = proven(graph, site, visible, bias, sizes, candidate, values)
+    if isinstance(found, AttentionSite):
+        return found
+    return site.dense(mask, f"{found.code}: {found.text}")

@@ -3,36 +3,24 @@
     before   silu(gate) * up               gelu(gate) * up
     after    graphopt.swiglu(gate, up)     graphopt.geglu(gate, up, approximate=...)
 
-Anchored on the activation. Gate and up must have the same shape and dtype, and the activation no
-other user. An activation that is not multiplied (GPT-2's MLP) is rejected.
+Anchored on the activation, as one op or written by hand (`gated_activation.py`). Gate and up have
+the same shape and dtype, and the activation no other user; they may be two linears or the two parts
+of one. An activation that is not multiplied (GPT-2's MLP) is rejected.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from graphopt.ir.builder import GraphBuilder, replace
-from graphopt.ir.graph import Graph, argument, dtype_of, is_call, shape_of
+from graphopt.ir.graph import Graph, dtype_of, shape_of
 from graphopt.ops import geglu, swiglu
 from graphopt.passes.base import Pass, Reject, Stage, Tier
+from graphopt.passes.fuse.gated_activation import Gated, is_activation, read_gated
 from graphopt.passes.registry import register
-
-aten = torch.ops.aten
-
-
-@dataclass(frozen=True, slots=True)
-class Gated:
-    """`product` is activation(gate) * up."""
-
-    product: fx.Node
-    activation: fx.Node
-    gate: fx.Node
-    up: fx.Node
 
 
 @register
@@ -44,34 +32,33 @@ class FuseMlp(Pass[Gated]):
     tier: ClassVar[Tier] = Tier("reassociating", 1e-6)
 
     def match(self, graph: Graph) -> Iterable[fx.Node]:
-        """Every silu and gelu."""
-        return [n for n in graph.nodes if is_call(n, aten.silu.default, aten.gelu.default)]
+        """Every silu and gelu, and what hand-written ones are built around."""
+        return [node for node in graph.nodes if is_activation(node)]
 
     def check(self, graph: Graph, node: fx.Node) -> Gated | Reject:
-        """One user, a multiplication by something of the same shape."""
-        users = list(node.users)
-        if len(users) != 1 or not is_call(users[0], aten.mul.Tensor):
-            return Reject("not-gated", "the activation is not multiplied by an up projection", node)
-        (product,) = users
-        up = product.args[1] if product.args[0] is node else product.args[0]
-        if not isinstance(up, fx.Node) or up is node:
-            return Reject("not-gated", "the activation is multiplied by a number or itself", node)
-        same = dtype_of(up) == dtype_of(node) and str(shape_of(up)) == str(shape_of(node))
-        if not same:
-            return Reject("gate-shape", "gate and up differ in shape or dtype", product)
-        gate = node.args[0]
-        assert isinstance(gate, fx.Node)
-        return Gated(product, node, gate, up)
+        """A product with something of the same shape."""
+        gated = read_gated(node)
+        if isinstance(gated, Reject):
+            return gated
+        types = {(dtype_of(n), str(shape_of(n))) for n in (gated.gate, gated.up, gated.product)}
+        if len(types) != 1:
+            return Reject(
+                "gate-shape",
+                "gate and up differ in shape or dtype",
+                gated.product,
+                "give both projections one width and dtype",
+            )
+        return gated
 
     def rewrite(self, builder: GraphBuilder, bound: Gated) -> None:
         """Emit the gated op where the product stood."""
-        like = [bound.product, bound.activation]
+        like = [bound.product, bound.gate]
+        operands = [bound.gate, bound.up]
         with builder.at(bound.product):
-            if is_call(bound.activation, aten.silu.default):
-                new = builder.emit(swiglu.SPEC.overload, [bound.gate, bound.up], like=like)
+            if bound.kind == "silu":
+                new = builder.emit(swiglu.SPEC.overload, operands, like=like)
             else:
-                kind = argument(bound.activation, "approximate")
-                operands, attributes = [bound.gate, bound.up], {"approximate": kind}
-                new = builder.emit(geglu.SPEC.overload, operands, attributes, like=like)
+                attributes = {"approximate": "tanh" if bound.kind == "tanh" else "none"}
+                new = builder.emit(geglu.SPEC.overload, operands, {**attributes}, like=like)
         new.meta["layer"] = bound.product.meta["layer"]
         replace(builder.graph, bound.product, new)

@@ -115,11 +115,12 @@ def test_layer_norm(dtype: torch.dtype, rows: int, heads: int, width: int) -> No
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("style", list(RopeStyle))
+@pytest.mark.parametrize("halved", [False, True])
 @pytest.mark.parametrize(("width", "rotary"), [(64, 64), (80, 32), (10, 6)])
-def test_rope(dtype: torch.dtype, style: RopeStyle, width: int, rotary: int) -> None:
+def test_rope(dtype: torch.dtype, style: RopeStyle, width: int, rotary: int, halved: bool) -> None:
     rows, heads = 7, 3
     x = strided_randn(rows, heads, width, dtype=dtype)
-    angle = torch.randn(rows, rotary // 2) * 100
+    pair_angle = angle = torch.randn(rows, rotary // 2) * 100
     angle = (
         torch.cat([angle, angle], -1)
         if style == RopeStyle.ROTATE_HALF
@@ -135,11 +136,13 @@ def test_rope(dtype: torch.dtype, style: RopeStyle, width: int, rotary: int) -> 
     expected = torch.cat([expected, x[..., rotary:].double()], -1)
     out = poisoned(rows, heads, width, dtype=dtype)
     dims = [rows, heads, width, rotary]
-    angles = [[rotary], [rotary]]
-    call(Op.OP_ROPE, [out, x, cos, sin], dims, [row_head(out), row_head(x), *angles], [style])
+    if halved:
+        cos, sin = pair_angle.cos(), pair_angle.sin()
+    angles, attrs = [[cos.shape[1]], [sin.shape[1]]], [style, int(halved)]
+    call(Op.OP_ROPE, [out, x, cos, sin], dims, [row_head(out), row_head(x), *angles], attrs)
     assert_close(out, expected)
     assert_gap_untouched(out)
-    call(Op.OP_ROPE, [x, x, cos, sin], dims, [row_head(x), row_head(x), *angles], [style])
+    call(Op.OP_ROPE, [x, x, cos, sin], dims, [row_head(x), row_head(x), *angles], attrs)
     assert torch.equal(x, out)  # in place
 
 

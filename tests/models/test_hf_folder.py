@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel, Pre
 
 from graphopt.config import Config
 from graphopt.errors import ModelNotFoundError, UnsupportedError, WeightFormatError
-from graphopt.models import load
+from graphopt.models import end_token_ids, load
 
 
 @pytest.fixture
@@ -213,3 +213,51 @@ def test_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     online = Config(cache=tmp_path, offline=False)
     with pytest.raises(ModelNotFoundError, match=r"tried: .*Hugging Face hub and its local cache"):
         load("someone/nothing", config=online)
+
+
+def test_config_that_is_no_text(folder: Path, config: Config) -> None:
+    (folder / "config.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(WeightFormatError, match=r"config\.json is not valid JSON"):
+        load(folder, config=config)
+
+
+def test_config_with_a_value_of_another_type(folder: Path, config: Config) -> None:
+    edit_config(folder, num_attention_heads="4")
+    with pytest.raises(
+        UnsupportedError, match=r"cannot read the configuration.*num_attention_heads"
+    ):
+        load(folder, config=config)
+
+
+@pytest.mark.parametrize("names", [[None], [3], "LlamaForCausalLM"])
+def test_architectures_that_are_no_names(folder: Path, config: Config, names: Any) -> None:
+    edit_config(folder, architectures=names)
+    with pytest.raises((WeightFormatError, UnsupportedError), match="architectures"):
+        load(folder, config=config)
+
+
+@pytest.mark.parametrize("name", ["pipeline", "LLaMAForCausalLM", "PreTrainedTokenizerFast"])
+def test_architectures_that_transformers_does_not_have(
+    folder: Path, config: Config, name: str
+) -> None:
+    expected = load(folder, config=config).module
+    edit_config(folder, architectures=[name])
+    module = load(folder, config=config).module
+    ids = torch.randint(0, 64, (2, 7))
+    assert torch.equal(logits(module, ids), logits(expected, ids))
+
+
+def test_model_that_cannot_be_built(folder: Path, config: Config) -> None:
+    edit_config(folder, hidden_act="no-such-activation")
+    with pytest.raises(WeightFormatError, match="no-such-activation"):
+        load(folder, config=config)
+
+
+def test_damaged_tokenizer(folder: Path, config: Config) -> None:
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(WeightFormatError, match=r"tokenizer of .* could not be read.*token ids"):
+        load(folder, config=config)
+
+
+def test_end_tokens_of_other_modules() -> None:
+    assert end_token_ids(torch.nn.Linear(2, 2)) == ()

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,3 +72,14 @@ def test_damaged_gguf(tmp_path: Path, config: Config) -> None:
 
 def test_default_model_is_built_in() -> None:
     assert DEFAULT_MODEL in BUILTINS
+
+
+@pytest.mark.parametrize("ref", [None, 5, b"folder", "", ["smollm2-135m"]])
+def test_references_of_another_type(ref: Any, config: Config) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"is no model. Accepted: a folder"):
+        load(ref, config=config)
+
+
+def test_the_home_of_nobody(config: Config) -> None:
+    with pytest.raises(ModelNotFoundError, match="does not exist as a path"):
+        load("~no-such-user-here/model", config=config)

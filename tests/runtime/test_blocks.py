@@ -101,10 +101,20 @@ def test_random_operations_keep_every_block() -> None:
         assert pool.num_free == pool.num_total
 
 
-@pytest.mark.parametrize("damage", ["lost", "doubled", "both", "unheld"])
+def test_a_pool_of_any_size_costs_nothing() -> None:
+    pool = BlockPool(10**15, 16)
+    assert pool.num_free == 10**15 - 1
+    assert pool.allocate(2) == [1, 2]
+    pool.free([1])
+    pool.check()
+    assert (pool.num_free, pool.num_used) == (10**15 - 2, 1)
+
+
+@pytest.mark.parametrize("damage", ["lost", "doubled", "both", "unheld", "skipped", "too many"])
 def test_check_notices_damage(damage: str) -> None:
     pool = BlockPool(6, 4)
-    used = pool.allocate(2)
+    used = pool.allocate(3)
+    pool.free([used.pop()])
     pool.check()
     if damage == "lost":
         pool._free.pop()
@@ -112,6 +122,10 @@ def test_check_notices_damage(damage: str) -> None:
         pool._free.append(pool._free[0])
     elif damage == "both":
         pool._free.append(used[0])
+    elif damage == "skipped":
+        pool._fresh += 1
+    elif damage == "too many":
+        pool.num_blocks = 3
     else:
         pool._references[used[0]] = 0
     with pytest.raises(RuntimeError, match="inconsistent"):

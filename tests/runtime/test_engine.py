@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 from paged_fake import VOCABULARY, FakeExecutable, StepError, greedy, logits_of
 from torch import from_numpy
@@ -231,6 +232,13 @@ def test_whole_context_and_whole_cache_can_be_used() -> None:
         ({"num_blocks": 1}, "at least 2 blocks"),
         ({"kv_cache_bytes": 300}, "at least 2 blocks"),
         ({"num_blocks": 9, "kv_cache_bytes": 9000}, "not both"),
+        ({"block_size": 2.5}, "block_size=2.5 is not allowed; it must be an integer >= 1"),
+        ({"block_size": True}, "block_size=True"),
+        ({"num_blocks": "9"}, "num_blocks='9'"),
+        ({"kv_cache_bytes": 1e6}, "kv_cache_bytes=1000000.0"),
+        ({"kv_cache_bytes": -5}, "kv_cache_bytes=-5"),
+        ({"max_tokens_per_step": 2.5}, "max_tokens_per_step=2.5"),
+        ({"max_requests": None}, "max_requests=None"),
     ],
 )
 def test_limits_are_checked(options: dict[str, Any], text: str) -> None:
@@ -243,6 +251,36 @@ def test_cache_size() -> None:
     assert Engine(FakeExecutable(), kv_cache_bytes=2600).stats.blocks_free == 9
     assert Engine(FakeExecutable(), num_blocks=12).stats.blocks_free == 11
     assert Engine(FakeExecutable()).stats.blocks_free * 16 == 8192
+
+
+def test_a_model_without_a_cache_cannot_have_its_size_in_bytes() -> None:
+    executable = FakeExecutable()
+    executable.cache_bytes_per_token = 0
+    with pytest.raises(RequestError, match=r"no attention.*num_blocks"):
+        Engine(executable, kv_cache_bytes=4096)
+    assert Engine(executable, num_blocks=3).stats.blocks_free == 2
+
+
+def test_limits_may_be_numpy_integers() -> None:
+    engine = Engine(FakeExecutable(), block_size=np.int32(4), num_blocks=np.int64(7))
+    assert engine.generate([np.array([5, 6])], SamplingParams(max_tokens=2))[0].prompt_tokens == (
+        5,
+        6,
+    )
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 3}, 3, "greedy", [{"max_tokens": 3}]])
+def test_sampling_settings_of_another_type_are_refused(params: Any) -> None:
+    engine = Engine(FakeExecutable())
+    with pytest.raises(RequestError, match=r"SamplingParams\(max_tokens=3\)"):
+        engine.generate([[1]], params)
+    idle(engine)
+
+
+@pytest.mark.parametrize("wrong", [None, 5, {"a": 1}, iter([[1]])])
+def test_prompts_of_another_type_are_refused(wrong: Any) -> None:
+    with pytest.raises(RequestError, match="takes a sequence of prompts"):
+        Engine(FakeExecutable()).generate(wrong)
 
 
 def test_generate_wants_a_sequence_of_prompts() -> None:

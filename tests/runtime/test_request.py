@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from graphopt.errors import RequestError
-from graphopt.runtime.request import Request, SamplingParams, Status, token_tuple
+from graphopt.runtime.request import (
+    Request,
+    SamplingParams,
+    Status,
+    sampling_params,
+    token_tuple,
+    whole_number,
+)
 
 ILLEGAL = [
     ("max_tokens", 0, ">= 1"),
@@ -111,7 +118,17 @@ def test_append_tells_why_it_was_the_last() -> None:
 
 
 @pytest.mark.parametrize(
-    "tokens", [[1, 2], (1, 2), np.array([1, 2]), np.array([1, 2], np.uint8), torch.tensor([1, 2])]
+    "tokens",
+    [
+        [1, 2],
+        (1, 2),
+        np.array([1, 2]),
+        np.array([1, 2], np.uint8),
+        torch.tensor([1, 2]),
+        list(np.array([1, 2])),
+        [torch.tensor(1), np.int32(2)],
+        range(1, 3),
+    ],
 )
 def test_token_tuple_takes_integers_of_any_library(tokens: Any) -> None:
     ids = token_tuple(tokens)
@@ -119,7 +136,57 @@ def test_token_tuple_takes_integers_of_any_library(tokens: Any) -> None:
     assert {type(token) for token in ids} == {int}
 
 
-@pytest.mark.parametrize("tokens", [[1.0], ["a"], [True], [[1, 2]], 5, None, torch.tensor([1.5])])
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [1.0],
+        ["a"],
+        [True],
+        [[1, 2]],
+        5,
+        None,
+        torch.tensor([1.5]),
+        torch.tensor([True]),
+        torch.tensor(3),
+        torch.tensor([[1], [2]]),
+        [torch.tensor([1])],
+        np.array([[1, 2]]),
+        np.array([1.0]),
+        np.array([True]),
+        b"ab",
+        {1: 2},
+        {1, 2},
+    ],
+)
 def test_token_tuple_refuses_anything_else(tokens: Any) -> None:
     with pytest.raises(RequestError, match="sequence of integer token ids"):
         token_tuple(tokens)
+
+
+def test_sampling_settings_by_name() -> None:
+    params = SamplingParams(max_tokens=3)
+    assert sampling_params(None, {"max_tokens": 3}) == params
+    assert sampling_params(params, {}) is params
+    assert sampling_params(None, {}) is None
+    with pytest.raises(RequestError, match="not both"):
+        sampling_params(params, {"max_tokens": 3})
+    with pytest.raises(
+        RequestError,
+        match=r"'max_new_tokens'; there are max_tokens, .*; did you mean 'max_tokens'\?",
+    ):
+        sampling_params(None, {"max_new_tokens": 3})
+    with pytest.raises(RequestError, match=r"'xyz'; there are max_tokens, .*ignore_eos$"):
+        sampling_params(None, {"xyz": 3})
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), np.array(3), torch.tensor(3)])
+def test_whole_numbers(value: Any) -> None:
+    assert whole_number("n", value, 3) == 3
+    with pytest.raises(RequestError, match=r"n=.* is not allowed; it must be an integer >= 4"):
+        whole_number("n", value, 4)
+
+
+@pytest.mark.parametrize("value", [3.0, "3", None, True, [3]])
+def test_other_numbers_are_refused(value: Any) -> None:
+    with pytest.raises(RequestError, match=r"n=.* must be an integer >= 1"):
+        whole_number("n", value)

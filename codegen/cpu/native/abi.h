@@ -44,8 +44,9 @@ enum Op : int32_t {
   OP_RMS_NORM = 2,
   // out, x, weight? [D], bias? [D]. dims: rows, heads, D. out, x: row, head. f: 0 eps.
   OP_LAYER_NORM = 3,
-  // out, x, cos, sin ([rows, rotary dims], full width: both halves/both of a pair are stored).
-  // dims: rows, heads, D, rotary dims. out, x: row, head; cos, sin: row. i: 0 style (RopeStyle).
+  // out, x, cos, sin (an angle a rotary dim: both halves/both of a pair are stored; or half as many,
+  // an angle a pair). dims: rows, heads, D, rotary dims. out, x: row, head; cos, sin: row.
+  // i: 0 style (RopeStyle), 1 tables hold an angle a pair.
   // out = x * cos + rotate(x) * sin on the first rotary dims; the others are copied.
   OP_ROPE = 4,
   // k_cache, v_cache (F32, F16 or BF16 [blocks, block size, kv_heads, D]), k, v, slots (I64 [rows],

@@ -15,7 +15,7 @@ from graphopt.codegen.reference import ReferenceBackend
 from graphopt.ir.graph import Graph
 from graphopt.ops import kv_write, paged_attention
 from graphopt.passes.manager import PassManager
-from graphopt.passes.registry import all_passes
+from graphopt.passes.registry import default_passes
 from graphopt.report import Rejection, Report
 
 
@@ -40,8 +40,7 @@ def refusal(model: nn.Module, example: Tensor | None = None) -> Rejection:
 def test_paged_equals_dense_however_it_is_chunked(chunk: int, fused: bool) -> None:
     model = tiny_llama()
     graph = capture(model)
-    exact = [n for n, c in all_passes().items() if c.tier.kind != "approximate"]
-    insert(graph, *(set(exact) - {"insert_kv_cache"} if fused else ()))
+    insert(graph, *(set(default_passes()) - {"insert_kv_cache"} if fused else ()))
     prompts = [[random.randrange(101) for _ in range(n)] for n in (9, 1, 14)]
     executable = ReferenceBackend().lower_serving(graph, None, None)
     logits = Steps(executable, prompts).run_in_chunks(chunk)

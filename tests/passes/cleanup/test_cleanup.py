@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graphopt.capture import capture
 from graphopt.ir.graph import Graph
+from graphopt.ir.verify import verify
 
 Function = Callable[[Tensor], Tensor]
 
@@ -123,6 +124,14 @@ def test_calls_that_differ_in_a_number_type_are_not_merged() -> None:
     assert graph.op_counts()["aten.pow.Tensor_Scalar"] == 2
 
 
+def test_the_two_zeros_are_not_merged() -> None:
+    x = torch.randn(4, 5, 6)
+    graph = graph_of(lambda x: 1 / (x.abs() * 0.0) + 1 / (x.abs() * -0.0), x)
+    apply(graph, *CLEANUP)
+    assert graph.op_counts()["aten.mul.Tensor"] == 2
+    assert run(graph, x).isnan().all()
+
+
 def test_random_calls_are_not_merged() -> None:
     graph = graph_of(lambda x: torch.rand_like(x) - torch.rand_like(x), torch.randn(4, 5, 6))
     apply(graph, "common_subexpressions")
@@ -158,6 +167,44 @@ def test_large_constants_are_not_folded() -> None:
     report = apply(graph, "fold_constants")
     (rejection,) = report.rejections("fold_constants")
     assert rejection.code == "too-large"
+
+
+def checked(x: Tensor) -> Tensor:
+    torch._assert_async((x > 0).all(), "all of x must be positive")
+    return x + 1
+
+
+def counted(x: Tensor) -> Tensor:
+    positive = (x > 0).sum().item()
+    torch._check(positive >= 2, lambda: "two must be positive")
+    return x * 2
+
+
+@pytest.mark.parametrize("function", [checked, counted])
+def test_asserts_about_values_stay_and_run(function: Function) -> None:
+    graph = graph_of(function, torch.rand(4, 5, 6) + 1)
+    report = apply(graph, *CLEANUP)
+    assert report.rejections("drop_asserts")[0].code == "assert-on-values"
+    verify(graph)
+    run(graph, torch.rand(3, 5, 6) + 1)
+    with pytest.raises(RuntimeError):
+        run(graph, -torch.rand(3, 5, 6) - 1)
+
+
+def test_a_graph_with_asserts_about_values_is_not_served() -> None:
+    class Checked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(31, 8)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            torch._assert_async((input_ids > 0).any())
+            return self.embed(input_ids)
+
+    graph = capture(Checked().eval(), torch.ones((2, 5), dtype=torch.int64))
+    (rejection,) = apply(graph, "insert_kv_cache").rejections("insert_kv_cache")
+    assert rejection.code == "rows-unknown"
+    assert rejection.source.startswith("test_cleanup.py:")
 
 
 def test_all_of_cleanup_changes_no_bit_of_a_model() -> None:

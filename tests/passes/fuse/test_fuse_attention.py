@@ -17,7 +17,6 @@ from graphopt.ir.graph import Graph, argument
 from graphopt.models.bert_like import BertLike, BertLikeConfig
 from graphopt.models.gpt2_like import GPT2Like, GPT2LikeConfig
 from graphopt.ops import attention
-from graphopt.passes.fuse.mask_meaning import read_mask
 from graphopt.report import Report
 
 HEADS, WIDTH = 4, 8
@@ -58,7 +57,7 @@ def fuse(attend: Callable[..., Tensor], kv_heads: int = HEADS) -> tuple[Graph, R
 
 def the_attention(graph: Graph) -> dict[str, object]:
     (node,) = graph.calls(attention.SPEC.overload)
-    names = ("mask", "pad_BT", "scale", "causal", "window")
+    names = ("mask", "pad_BT", "scale", "causal", "window", "softcap", "predicate", "bias")
     return {name: argument(node, name) for name in names}
 
 
@@ -129,20 +128,65 @@ def test_no_mask_is_bidirectional() -> None:
     assert not found["causal"]
 
 
+def hides(condition: Callable[[Tensor, Tensor], Tensor]) -> Scores:
+    """A mask that hides the keys j of query i where `condition(i, j)`."""
+    return lambda scores, q: scores.masked_fill(condition(*iota(q)), float("-inf"))
+
+
 @pytest.mark.parametrize(
-    "mask",
+    ("condition", "predicate"),
     [
-        lambda s, q: s + torch.where(iota(q)[1] <= iota(q)[0] + 1, 0.0, NEGATIVE),  # off by one
-        lambda s, q: s + torch.where(iota(q)[1] >= iota(q)[0], 0.0, NEGATIVE),  # looks ahead
-        lambda s, q: s + torch.where(iota(q)[1] < iota(q)[0] + 2, 0.0, NEGATIVE),
-        lambda s, q: s - (iota(q)[0] - iota(q)[1]).abs() * 0.5,  # ALiBi-like
+        (lambda i, j: j > i + 1, "k <= q + 1"),
+        (lambda i, j: j < i, "q <= k"),
+        (lambda i, j: (j > i) & (j >= 3), "(k <= q or k <= 2)"),
+        (lambda i, j: (j > i) | (i // 4 != j // 4), "k // 4 == q // 4"),
+        (lambda i, j: (j > i) | (i % 3 == 1) & (i != j), ""),
     ],
 )
-def test_other_masks_are_never_taken_for_causal(mask: Scores) -> None:
-    graph, _ = fuse(lambda q, k, v: softmax(q, k, v, mask))
+def test_other_conditions_become_predicates(
+    condition: Callable[[Tensor, Tensor], Tensor], predicate: str
+) -> None:
+    found = the_attention(fuse(lambda q, k, v: softmax(q, k, v, hides(condition)))[0])
+    assert found["mask"] is None
+    assert found["predicate"] == predicate if predicate else found["predicate"]
+    assert not found["causal"] or predicate in ("", "k // 4 == q // 4")
+
+
+def test_two_sided_windows() -> None:
+    def narrow(i: Tensor, j: Tensor) -> Tensor:
+        return (i - j).abs() >= 3
+
+    def lopsided(i: Tensor, j: Tensor) -> Tensor:
+        return (i - j >= 3) | (j - i >= 5)
+
+    found = the_attention(fuse(lambda q, k, v: softmax(q, k, v, hides(narrow)))[0])
+    assert (found["causal"], found["window"], found["predicate"]) == (False, 3, "")
+    found = the_attention(fuse(lambda q, k, v: softmax(q, k, v, hides(lopsided)))[0])
+    assert not found["causal"]
+    assert found["mask"] is None
+
+
+def test_alibi_is_a_bias_of_indices() -> None:
+    def alibi(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i, j = iota(q)
+        slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])[:, None, None]
+        bias = slopes * (j - i) + torch.where(j <= i, 0.0, float("-inf"))
+        return torch.softmax(q @ k.transpose(2, 3) * 0.3 + bias, -1) @ v
+
+    found = the_attention(fuse(alibi)[0])
+    assert found["causal"]
+    assert found["mask"] is None
+    assert found["bias"] == "aux0[h, 0, 0] * float(k - q)"
+
+
+def test_a_query_that_may_see_nothing_keeps_its_dense_mask() -> None:
+    strict = hides(lambda i, j: (j >= i) & (i > 0))
+    (node,) = fuse(lambda q, k, v: softmax(q, k, v, strict))[0].calls(attention.SPEC.overload)
+    assert argument(node, "mask") is not None
+    nothing = hides(lambda i, j: (j >= i) | (j < 0))
+    graph, _ = fuse(lambda q, k, v: softmax(q, k, v, nothing).nan_to_num())
     for node in graph.calls(attention.SPEC.overload):
         assert argument(node, "mask") is not None
-        assert not argument(node, "causal")
 
 
 @pytest.mark.parametrize("scaled", ["q", "k", "scores", "mul"])
@@ -244,12 +288,20 @@ def test_our_gpt2_and_bert() -> None:
     assert_close(run(graph, ids, mask), bert(ids, mask))
 
 
-def test_a_mask_from_data_has_no_meaning() -> None:
+def test_a_mask_from_data_stays_dense() -> None:
     class FromData(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Attention(lambda q, _k, _v: q)
+
         def forward(self, input_ids: Tensor) -> Tensor:
-            x = input_ids.float()
-            return torch.where(x[:, None] <= x[..., None], 0.0, NEGATIVE)
+            q = self.inner(input_ids)[:, None]
+            mask = input_ids[:, None, None] <= input_ids[:, None, :, None]
+            return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
 
     graph = capture(FromData().eval(), torch.randint(0, 9, (2, 7)))
-    (output,) = graph.output_nodes
-    assert read_mask(output, lambda values: values == 0) is None
+    apply(graph, *CLEANUP, "fuse_attention", "dead_code")
+    (node,) = graph.calls(attention.SPEC.overload)
+    assert argument(node, "mask") is not None or "aux0" in argument(node, "predicate")
+    ids = torch.randint(0, 9, (3, 5))
+    assert_close(run(graph, ids), run(capture(FromData().eval(), ids), ids), 10.0)

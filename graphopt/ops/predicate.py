@@ -1,0 +1,113 @@
+"""The little language of the attention op's `predicate` and `bias` attributes.
+
+Python expressions over these names, evaluated for every (batch, head, query, key):
+
+    b h q k     indices; q is the query's position among the keys (row + T - S)
+    S T         numbers of queries and of keys
+    aux0 ...    tensors that the op is given, indexed: aux0[b, k]
+
+with + - * / // %, comparisons, and or not, and the functions where(c, x, y), float(x), abs(x).
+Anything else is a UnsupportedError: the text is never given to Python itself.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.errors import UnsupportedError
+
+_BINARY: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.LtE: operator.le,
+    ast.Lt: operator.lt,
+    ast.GtE: operator.ge,
+    ast.Gt: operator.gt,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+}
+
+
+def _where(condition: Any, yes: Any, no: Any) -> Any:
+    return torch.where(torch.as_tensor(condition), torch.as_tensor(yes), torch.as_tensor(no))
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "where": _where,
+    "float": lambda x: torch.as_tensor(x).to(torch.float32),
+    "abs": abs,
+}
+
+
+@functools.lru_cache(maxsize=256)
+def parse(text: str) -> ast.expr:
+    """The syntax tree. Raises UnsupportedError for text that is not an expression."""
+    try:
+        return ast.parse(text, mode="eval").body
+    except SyntaxError as error:
+        raise UnsupportedError(f"predicate {text!r} is no expression: {error.msg}") from error
+
+
+def evaluate(
+    text: str, sizes: tuple[int, int, int, int], aux: Sequence[Tensor], rows: range, device: Any
+) -> Tensor:
+    """Values of `text`, broadcastable to `[B, H, len(rows), T]`.
+
+    sizes: B, H, S, T. rows: the queries wanted. Raises UnsupportedError for unknown names and
+    syntax.
+    """
+    batch, heads, queries, keys = sizes
+    first = rows.start + keys - queries
+    names: dict[str, Any] = {
+        "b": torch.arange(batch, device=device).view(-1, 1, 1, 1),
+        "h": torch.arange(heads, device=device).view(1, -1, 1, 1),
+        "q": torch.arange(first, first + len(rows), device=device).view(1, 1, -1, 1),
+        "k": torch.arange(keys, device=device),
+        "S": queries,
+        "T": keys,
+        **{f"aux{i}": tensor for i, tensor in enumerate(aux)},
+    }
+    return torch.as_tensor(_value(parse(text), names, text), device=device)
+
+
+def _value(node: ast.expr, names: Mapping[str, Any], text: str) -> Any:
+    if isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float)):
+        return node.value
+    if isinstance(node, ast.Name) and node.id in names:
+        return names[node.id]
+    if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
+        left, right = (_value(side, names, text) for side in (node.left, node.right))
+        return _BINARY[type(node.op)](left, right)
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in _BINARY:
+        left, right = (_value(side, names, text) for side in (node.left, node.comparators[0]))
+        return _BINARY[type(node.ops[0])](left, right)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand, names, text)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        return torch.logical_not(torch.as_tensor(_value(node.operand, names, text)))
+    if isinstance(node, ast.BoolOp):
+        values = [torch.as_tensor(_value(v, names, text)).bool() for v in node.values]
+        combine = operator.and_ if isinstance(node.op, ast.And) else operator.or_
+        return functools.reduce(combine, values)
+    if isinstance(node, ast.Subscript):
+        index = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        at = tuple(_value(i, names, text) for i in index)
+        return _value(node.value, names, text)[at]
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        function = _FUNCTIONS.get(node.func.id)
+        if function is not None and not node.keywords:
+            return function(*(_value(a, names, text) for a in node.args))
+    raise UnsupportedError(
+        f"predicate {text!r} holds {ast.unparse(node)!r}, which has no meaning here"
+    )

@@ -1,0 +1,162 @@
+"""A second, independent test of a mask's meaning: computed on small grids and compared.
+
+The nodes between the product and the softmax are run as they are, with random scores in place of
+the product, random padding bits and small sizes; the probabilities must equal those that the
+op's arguments give. Sizes straddle the window, where off-by-one errors show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.ir.graph import Graph
+from graphopt.ops.attention import Masks, masked_softmax
+from graphopt.passes.masks.meaning import MaskMeaning
+
+_LARGEST = 600
+_MOST_NODES = 400
+_TOLERANCE, _TOLERANCE_LOW = 1e-4, 3e-2
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What is compared. last: the softmax's input, or an SDPA mask (then `product` is None).
+
+    like: a node of the shape of the scores.
+    """
+
+    last: fx.Node
+    product: fx.Node | None
+    like: Sequence[int | torch.SymInt]
+    scale: float
+    softcap: float
+
+
+def agrees(graph: Graph, candidate: Candidate, meaning: MaskMeaning) -> bool:
+    """True when every grid agrees, or when the mask's nodes cannot be run on their own."""
+    wanted = [candidate.last, *meaning.padding, *meaning.aux]
+    if meaning.mask is not None:
+        wanted.append(meaning.mask)
+    nodes = _ancestors(wanted, candidate.product)
+    if nodes is None or not all(_can_run(graph, node) for node in nodes):
+        return True
+    for size in (2, 5, meaning.window + 2):
+        if size <= _LARGEST and not _agrees_at(graph, candidate, meaning, nodes, size):
+            return False
+    return True
+
+
+def _ancestors(wanted: Sequence[fx.Node], product: fx.Node | None) -> list[fx.Node] | None:
+    seen: set[fx.Node] = set()
+    stack = list(wanted)
+    while stack:
+        node = stack.pop()
+        if node in seen or node is product:
+            continue
+        seen.add(node)
+        if len(seen) > _MOST_NODES:
+            return None
+        stack.extend(node.all_input_nodes)
+    return [n for n in wanted[0].graph.nodes if n in seen]
+
+
+def _can_run(graph: Graph, node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        data = graph.weights.get(str(node.target))
+        return data is not None and data.device.type != "meta"
+    if node.op == "placeholder":
+        value = node.meta["val"]
+        return isinstance(value, Tensor) and not value.is_floating_point()
+    return node.op == "call_function"
+
+
+def _concrete(sizes: Sequence[int | torch.SymInt], symbols: Mapping[str, int]) -> list[int]:
+    result = []
+    for size in sizes:
+        if isinstance(size, torch.SymInt):
+            expression: Any = size.node.expr
+            result.append(
+                int(expression.subs({s: symbols[str(s)] for s in expression.free_symbols}))
+            )
+        else:
+            result.append(int(size))
+    return result
+
+
+def _agrees_at(
+    graph: Graph, candidate: Candidate, meaning: MaskMeaning, nodes: list[fx.Node], size: int
+) -> bool:
+    symbols: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            for position, length in enumerate(node.meta["val"].shape):
+                if isinstance(length, torch.SymInt):
+                    symbols.setdefault(str(length), 2 if position == 0 else size)
+    generator = torch.Generator().manual_seed(size)
+    try:
+        shape = _concrete(candidate.like, symbols)
+        scores = torch.randn(shape, generator=generator)
+        values: dict[fx.Node, Any] = {}
+        if candidate.product is not None:
+            # Small and with few bits, so that half precision rounds little.
+            scores = (scores * 8).round().clamp(-16, 16) / 16
+            own = _concrete(candidate.product.meta["val"].shape, symbols)
+            values[candidate.product] = scores.view(own).to(candidate.product.meta["val"].dtype)
+        for node in nodes:
+            values[node] = _run(graph, node, values, symbols, generator)
+        last = values[candidate.last]
+        padding = [values[node].bool() for node in meaning.padding]
+        aux = [values[node] for node in meaning.aux]
+        mask = None if meaning.mask is None else values[meaning.mask]
+    except (RuntimeError, KeyError, IndexError, TypeError):
+        # The example's sizes are not free to change (a buffer that is too small, a fixed batch).
+        return True
+    if candidate.product is not None:
+        expected = last.float()
+    elif last.dtype == torch.bool:
+        expected = scores.masked_fill(~last, float("-inf"))
+    else:
+        expected = scores + last
+    pad_BT = torch.stack(padding).all(0) if padding else None
+    b, h, queries, keys = [1] * (4 - len(shape)) + shape
+    four = (b, h, queries, keys)
+    masks = Masks(
+        four, mask, pad_BT, aux, meaning.causal, meaning.window, meaning.predicate, meaning.bias
+    )
+    found = scores.view(four) * (1.0 if candidate.product is None else candidate.scale)
+    if candidate.softcap:
+        found = candidate.softcap * torch.tanh(found / candidate.softcap)
+    added, visible = masks.of(range(queries), torch.device("cpu"))
+    found = found if added is None else found + added
+    weights = masked_softmax(found, visible, None)
+    wanted = torch.softmax(expected.view(four), -1)
+    # A row that sees nothing is zero here and anything there.
+    rows = (weights > 0).any(-1)
+    is_same = torch.equal((weights > 0)[rows], (wanted > 0)[rows])
+    low = expected.dtype != torch.float32 or last.dtype in (torch.bfloat16, torch.float16)
+    limit = _TOLERANCE_LOW if low else _TOLERANCE
+    return is_same and bool((weights - wanted)[rows].abs().max() <= limit)
+
+
+def _run(
+    graph: Graph,
+    node: fx.Node,
+    values: dict[fx.Node, Any],
+    symbols: Mapping[str, int],
+    generator: torch.Generator,
+) -> Any:
+    value = node.meta["val"]
+    if node.op == "get_attr":
+        return graph.weights[str(node.target)]
+    if node.op == "placeholder":
+        bits = torch.randint(0, 2, _concrete(value.shape, symbols), generator=generator)
+        bits[:, :1] = 1
+        return bits.to(value.dtype)
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)

@@ -1,0 +1,259 @@
+"""What a mask says: attributes of the attention op where proven, operands where not.
+
+The visible condition is a conjunction; each part of it is one of
+
+    key <= query, key > query - w                         attributes causal and window
+    something of (batch, key) alone                        the padding operand
+    anything over indices and small tensors                the predicate attribute with its `aux`
+    an element of a [.., query, key] tensor                the dense mask operand, with the reason
+
+The proof is structural: the algebra's normal form of the part equals that of the meaning, for all
+sizes. As a second, independent test `grid.py` computes the mask's own nodes on small adversarial
+grids and compares. A condition that could hide every key of a query without looking at any input
+is not used: softmax and the op differ there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from graphopt.ir.graph import Graph
+from graphopt.passes.masks import algebra as ia
+from graphopt.passes.masks.algebra import Expr, Read, Var
+from graphopt.passes.masks.arithmetic import ARITHMETIC
+from graphopt.passes.masks.predicate_text import UnwrittenError, text
+from graphopt.passes.masks.values import MaskValues, as_kind, axis
+from graphopt.passes.masks.views import MOVING
+
+_NAMES = ("b", "h", "q", "k")
+# A predicate may index tensors by two of b, h, q, k (tokens of a batch element), a bias by one.
+_MOST_INDICES = {"bool": 2, "float": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class MaskMeaning:
+    """Arguments of `graphopt::attention`. why_dense: code and text, when `mask` is set.
+
+    padding: nodes whose conjunction is the padding operand.
+    """
+
+    causal: bool = False
+    window: int = 0
+    padding: tuple[fx.Node, ...] = ()
+    predicate: str = ""
+    bias: str = ""
+    aux: tuple[fx.Node, ...] = ()
+    mask: fx.Node | None = None
+    why_dense: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Unproven:
+    """A mask that cannot be expressed by the op's arguments."""
+
+    code: str
+    text: str
+
+
+def reader(graph: Graph) -> MaskValues:
+    """Index algebra of a graph's nodes."""
+    return MaskValues(graph, {**ARITHMETIC, **MOVING})
+
+
+class _Meaning:
+    """Builds one meaning. sizes: of the scores' four axes."""
+
+    def __init__(self, values: MaskValues, sizes: Sequence[Expr]) -> None:
+        self.values = values
+        self.queries, self.keys = sizes[2], sizes[3]
+        self.gap = ia.add(self.keys, self.queries, -1)
+        self.aux: list[fx.Node] = []
+        self._node_named = {node.name: node for node in values.graph.nodes}
+
+    def read(self, visible: Expr, bias: Expr | None) -> MaskMeaning | Unproven:
+        causal, window, padding, other = self._conjuncts(visible)
+        predicates, dense = [], []
+        for part in other:
+            written = self._text(part)
+            if written is None:
+                dense.append(part)
+            else:
+                predicates.append(written)
+        if not self._shows_something(causal, window, other):
+            return Unproven("mask-may-hide-all", "a query may see no key at all")
+        bias_text, bias_node = "", None
+        if bias is not None and axis(3) in ia.variables(bias):
+            bias_text = self._text(bias) or ""
+            bias_node = None if bias_text else self._node_of(bias, "float", rank=4)
+            if not bias_text and bias_node is None:
+                return Unproven("bias-not-a-tensor", "the bias is no tensor of the graph")
+        mask = bias_node
+        if dense:
+            if mask is not None:
+                return Unproven("mask-and-bias", "a dense mask and a dense bias together")
+            mask = self._node_of(ia.all_of(*dense), "bool", rank=4)
+            if mask is None:
+                return Unproven(
+                    "mask-not-proven", f"the mask has no known meaning: {_brief(dense)}"
+                )
+        return MaskMeaning(
+            causal,
+            window,
+            tuple(padding),
+            " and ".join(f"({p})" if " or " in p else p for p in predicates),
+            bias_text,
+            tuple(self.aux),
+            mask,
+            self._why(bias_node, dense),
+        )
+
+    def _why(self, bias_node: fx.Node | None, dense: list[Expr]) -> str:
+        if bias_node is not None:
+            return "bias-from-data: the bias depends on more than indices"
+        return f"mask-not-proven: no known meaning: {_brief(dense)}" if dense else ""
+
+    def _conjuncts(self, visible: Expr) -> tuple[bool, int, list[fx.Node], list[Expr]]:
+        b, q, k = axis(0), axis(2), axis(3)
+        # Distance from a key to the query's own position: >= 0 for the past.
+        distance = ia.add(ia.add(q, k, -1), self.gap)
+        causal, window, ahead = False, 0, 0
+        padding: list[fx.Node] = []
+        other: list[Expr] = []
+        limits: dict[Var, Expr] = {
+            q: ia.add(self.queries, ia.integer(-1)),
+            k: ia.add(self.keys, ia.integer(-1)),
+        }
+        for part in ia.conjuncts(visible):
+            if isinstance(part, ia.Call) and part.op == "ge0":
+                low = ia.smallest(part.args[0], limits)
+                if low is not None and low >= 0:
+                    continue
+                past = ia.add(part.args[0], distance, -1)
+                if past == ia.integer(0):
+                    causal = True
+                    continue
+                width = ia.add(part.args[0], distance)
+                if isinstance(width, ia.Num) and int(width.value) >= 0 and not window:
+                    window = int(width.value) + 1
+                    continue
+                if isinstance(past, ia.Num) and int(past.value) > 0 and not ahead:
+                    ahead = int(past.value) + 1
+                    continue
+            if ia.variables(part) <= {b, k} and axis(3) in ia.variables(part):
+                node = self._node_of(part, "bool", rank=2)
+                if node is not None:
+                    padding.append(node)
+                    continue
+            other.append(part)
+        if ahead and (causal or ahead != window):
+            if not causal:
+                other.append(ia.at_least_zero(ia.add(distance, ia.integer(ahead - 1))))
+        elif window and not causal and not ahead:
+            other.append(ia.at_least_zero(ia.add(ia.integer(window - 1), distance, -1)))
+            window = 0
+        if ahead and not causal and ahead != window and window:
+            other.append(ia.at_least_zero(ia.add(ia.integer(window - 1), distance, -1)))
+            window = 0
+        return causal, window, padding, other
+
+    def _shows_something(self, causal: bool, window: int, other: list[Expr]) -> bool:
+        """A query sees the key at its own position, or what hides it is an input."""
+        if (causal or window) and self.gap != ia.integer(0):
+            low = ia.smallest(self.gap, {})
+            if low is None or low < 0:
+                return False
+        own = {axis(3): ia.add(axis(2), self.gap)}
+        return all(ia.substitute(part, own) == ia.TRUE or ia.reads(part) for part in other)
+
+    def _node_of(self, e: Expr, kind: str, rank: int) -> fx.Node | None:
+        """A node that holds `e`: `[B, T]` for rank 2, broadcastable to `[B, H, S, T]` for 4."""
+        sizes = (ia.integer(0),) * 4
+        for node in self.values.nodes():
+            value = node.meta["val"]
+            if not isinstance(value, Tensor) or value.ndim > 4 or value.ndim < 2:
+                continue
+            if rank == 2 and value.ndim != 2:
+                continue
+            if rank == 4 and kind != _kind_of(value):
+                continue
+            if rank == 2:
+                grid = self.values.of(node)
+                if grid.sizes[1] != self.keys:
+                    continue
+                element: Expr | None = ia.substitute(grid.element, {axis(1): axis(3)})
+            else:
+                element = self.values.element(node, sizes)
+            if element is None:
+                continue
+            same = as_kind(self.values, element, kind, value.dtype)
+            if same == e:
+                return node
+        return None
+
+    def _text(self, e: Expr) -> str | None:
+        """The predicate's text; None when it would read tensors that are not small."""
+        order: dict[str, int] = {}
+        for read in sorted(ia.reads(e), key=repr):
+            node = self._node_named.get(read.tensor)
+            varying = [i for i in read.indices if ia.variables(i)]
+            if node is None or len(varying) > _MOST_INDICES[ia.kind_of(e)]:
+                return None
+            if node not in self.aux:
+                self.aux.append(node)
+            order[read.tensor] = self.aux.index(node)
+        named: dict[Var, Expr] = {axis(i): Var(name) for i, name in enumerate(_NAMES)}
+        # In the text a query is named by its position among the keys.
+        named[axis(2)] = ia.add(Var("q"), self.gap, -1)
+        for size, name in ((self.queries, "S"), (self.keys, "T")):
+            if isinstance(size, Var):
+                named.setdefault(size, Var(name, size=True))
+        renamed = _renamed(ia.substitute(e, named), order)
+        unknown = {v for v in _sizes(renamed) if v.name not in ("S", "T")}
+        if unknown:
+            return None
+        try:
+            return text(renamed)
+        except UnwrittenError:
+            return None
+
+
+def _kind_of(value: Tensor) -> str:
+    return "float" if value.dtype.is_floating_point else "bool" if value.dtype.itemsize == 1 else ""
+
+
+def _renamed(e: Expr, order: dict[str, int]) -> Expr:
+    if isinstance(e, Read):
+        indices = tuple(_renamed(i, order) for i in e.indices)
+        return Read(f"aux{order[e.tensor]}", indices, e.kind)
+    if isinstance(e, ia.Sum):
+        return ia.linear({_renamed(a, order): c for a, c in e.terms}, e.constant)
+    if isinstance(e, ia.Call):
+        return ia.rebuild(e.op, tuple(_renamed(a, order) for a in e.args))
+    return e
+
+
+def _sizes(e: Expr) -> frozenset[Var]:
+    if isinstance(e, Var):
+        return frozenset({e}) if e.size else frozenset()
+    if isinstance(e, ia.Num):
+        return frozenset()
+    children = e.indices if isinstance(e, Read) else ia.children(e)
+    return frozenset().union(*(_sizes(child) for child in children))
+
+
+def _brief(parts: list[Expr]) -> str:
+    try:
+        written = " and ".join(map(text, parts))
+    except UnwrittenError as unwritten:
+        return f"it holds {unwritten}"
+    return written if len(written) < 120 else f"{written[:117]}..."
+
+
+def read_meaning(
+    values: MaskValues, visible: Expr, bias: Expr | None, sizes: Sequence[Expr]
+) -> MaskMeaning | Unproven:
+    """The meaning of a condition and a bias in a0..a3. sizes: of the scores' four axes."""
+    return _Meaning(values, sizes).read(visible, bias)

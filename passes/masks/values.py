@@ -1,0 +1,232 @@
+"""The nodes of a mask subgraph as index algebra: what one element of each is.
+
+`MaskValues(graph, RULES).of(node)` gives a Grid: the sizes of the node's axes and one expression in
+the axis variables a0, a1, ... Everything that is not arithmetic of indices, constants and bits is a
+`Read` of the node itself, so that reading never fails; nodes of the model proper end up as that.
+
+Two facts go beyond the ops' definitions. Constant buffers of the form "one value on one side of
+the diagonal, another on the other" are recognised by comparing every element. An integer input
+`[batch, sequence]` that is never embedded holds zeros and ones, as padding masks do.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.ir.graph import Graph, argument, dtype_of, is_call
+from graphopt.passes.masks import algebra as ia
+from graphopt.passes.masks.algebra import Expr, Var
+
+aten = torch.ops.aten
+# Integers up to here are exact in float32.
+_EXACT = (torch.float32, torch.float64)
+_LARGEST_BUFFER = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A tensor as a function: sizes of its axes, and an element in terms of a0, a1, ..."""
+
+    sizes: tuple[Expr, ...]
+    element: Expr
+
+
+def axis(i: int) -> Var:
+    """The variable of axis i."""
+    return Var(f"a{i}")
+
+
+def size_expr(value: Any) -> Expr:
+    """A size, as a linear sum of named sizes where it is one."""
+    if not isinstance(value, torch.SymInt):
+        return ia.integer(int(value))
+    expression: Any = value.node.expr
+    total: Expr = ia.integer(0)
+    for part in expression.as_ordered_terms():
+        coefficient, rest = part.as_coeff_Mul()
+        if not coefficient.is_integer:
+            return Var(str(expression), size=True)
+        atom = ia.integer(1) if rest == 1 else Var(str(rest), size=True)
+        total = ia.add(total, atom, int(coefficient))
+    return total
+
+
+def kind(dtype: torch.dtype) -> str:
+    """bool, int or float."""
+    if dtype == torch.bool:
+        return "bool"
+    return "float" if dtype.is_floating_point else "int"
+
+
+class MaskValues:
+    """Reads masks of one graph by `rules` (op -> rule); remembers what it has read."""
+
+    def __init__(self, graph: Graph, rules: Mapping[object, Rule]) -> None:
+        self.graph, self.rules = graph, rules
+        self._known: dict[fx.Node, Grid] = {}
+
+    def of(self, node: fx.Node) -> Grid:
+        """What an element of `node` is."""
+        if node not in self._known:
+            # A cycle cannot occur; the entry makes deep recursion stop at unfinished nodes.
+            self._known[node] = self._opaque(node)
+            found = self._read(node)
+            if found is not None:
+                self._known[node] = found
+        return self._known[node]
+
+    def nodes(self) -> list[fx.Node]:
+        """Every node read so far."""
+        return list(self._known)
+
+    def operand(self, value: Any) -> Grid | None:
+        """A node or a number."""
+        if isinstance(value, fx.Node):
+            return self.of(value)
+        if isinstance(value, (bool, int, float)):
+            return Grid((), ia.number(value))
+        return None
+
+    def element(self, value: Any, sizes: Sequence[Expr]) -> Expr | None:
+        """The element of an operand that is broadcast to `sizes`."""
+        grid = self.operand(value)
+        if grid is None or len(grid.sizes) > len(sizes):
+            return None
+        shift = len(sizes) - len(grid.sizes)
+        return ia.substitute(
+            grid.element,
+            {
+                axis(i): ia.integer(0) if size == ia.integer(1) else axis(i + shift)
+                for i, size in enumerate(grid.sizes)
+            },
+        )
+
+    def _opaque(self, node: fx.Node) -> Grid:
+        value = node.meta["val"]
+        if not isinstance(value, Tensor):
+            is_size = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+            return Grid((), size_expr(value) if is_size else ia.Read(node.name, (), "float"))
+        sizes = tuple(map(size_expr, value.shape))
+        one = ia.integer(1)
+        indices = tuple(ia.integer(0) if s == one else axis(i) for i, s in enumerate(sizes))
+        return Grid(sizes, ia.Read(node.name, indices, kind(value.dtype)))
+
+    def _read(self, node: fx.Node) -> Grid | None:
+        value = node.meta["val"]
+        if not isinstance(value, Tensor):
+            return None
+        sizes = tuple(map(size_expr, value.shape))
+        if node.op == "get_attr":
+            return self._buffer(node, sizes)
+        if node.op != "call_function":
+            return None
+        if node.target is operator.getitem:
+            return None
+        rule = self.rules.get(node.target)
+        element = None if rule is None else rule(self, node, sizes)
+        return None if element is None else Grid(sizes, element)
+
+    def _buffer(self, node: fx.Node, sizes: tuple[Expr, ...]) -> Grid | None:
+        """A constant buffer with one value on each side of a diagonal."""
+        data = self.graph.weights.get(str(node.target))
+        if data is None or data.device.type == "meta" or data.ndim < 2:
+            return None
+        rows, columns = data.shape[-2:]
+        if data.numel() != rows * columns or not 2 <= rows <= _LARGEST_BUFFER or rows != columns:
+            return None
+        square = data.reshape(rows, columns)
+        low, diagonal, high = square[1, 0], square[0, 0], square[0, 1]
+        i, j = torch.arange(rows)[:, None], torch.arange(columns)[None, :]
+        on_low = bool(diagonal == low)
+        if not on_low and not bool(diagonal == high):
+            return None
+        is_low = j <= i if on_low else j < i
+        if not torch.equal(square, torch.where(is_low, low, high)):
+            return None
+        rank = len(sizes)
+        a_i, a_j = axis(rank - 2), axis(rank - 1)
+        condition = ia.less_equal(a_j, a_i if on_low else ia.add(a_i, ia.integer(-1)))
+        return Grid(sizes, ia.choose(condition, ia.number(low.item()), ia.number(high.item())))
+
+    def is_bits(self, read: Expr) -> bool:
+        """An element of an integer input [batch, sequence] that is never embedded."""
+        if not isinstance(read, ia.Read) or read.kind != "int" or len(read.indices) != 2:
+            return False
+        node = next((n for n in self.graph.nodes if n.name == read.tensor), None)
+        if node is None or node.op != "placeholder":
+            return False
+        return not any(is_call(user, aten.embedding.default) for user in node.users)
+
+
+Rule = Callable[[MaskValues, fx.Node, tuple[Expr, ...]], "Expr | None"]
+
+
+def as_kind(values: MaskValues, e: Expr, wanted: str, dtype: torch.dtype) -> Expr | None:
+    """The expression converted to bool, int or float."""
+    own = ia.kind_of(e)
+    if own == wanted:
+        return e
+    if isinstance(e, ia.Call) and e.op == "where":
+        condition, *leaves = e.args
+        converted = [as_kind(values, leaf, wanted, dtype) for leaf in leaves]
+        if converted[0] is None or converted[1] is None:
+            return None
+        return ia.choose(condition, converted[0], converted[1])
+    if isinstance(e, ia.Num):
+        cast = {"bool": bool, "int": int, "float": float}[wanted]
+        return ia.number(cast(e.value))
+    if own == "bool":
+        one, zero = (ia.integer(1), ia.integer(0)) if wanted == "int" else (ia.real(1), ia.real(0))
+        return ia.choose(e, one, zero)
+    if wanted == "bool":
+        if own == "int":
+            return ia.negate(ia.equal(e, ia.integer(0)))
+        return ia.Call("ne", (e, ia.real(0.0)))
+    if wanted == "float" and values.is_bits(e):
+        bit = ia.negate(ia.equal(e, ia.integer(0)))
+        return ia.choose(bit, ia.real(1), ia.real(0))
+    if wanted == "float" and dtype in _EXACT:
+        return ia.Call("float", (e,))
+    return None
+
+
+def operands(
+    values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...], wanted: str | None = None
+) -> list[Expr] | None:
+    """The first two operands, broadcast, in a common kind."""
+    found = []
+    for operand in node.args[:2]:
+        element = values.element(operand, sizes)
+        if element is None:
+            return None
+        found.append(element)
+    if wanted is None:
+        kinds = {ia.kind_of(e) for e in found}
+        wanted = "float" if "float" in kinds else "int" if "int" in kinds else "bool"
+    return _in_kind(values, found, wanted, node)
+
+
+def _in_kind(
+    values: MaskValues, found: list[Expr], wanted: str, node: fx.Node
+) -> list[Expr] | None:
+    dtype = dtype_of(node)
+    for operand in node.args[:2]:
+        value = operand.meta["val"] if isinstance(operand, fx.Node) else None
+        if isinstance(value, Tensor) and value.is_floating_point():
+            dtype = value.dtype
+    converted = [as_kind(values, e, wanted, dtype) for e in found]
+    return None if any(e is None for e in converted) else [e for e in converted if e is not None]
+
+
+def argument_or(node: fx.Node, name: str, default: Any) -> Any:
+    """A schema argument, or the default where the schema has none of that name."""
+    try:
+        return argument(node, name)
+    except KeyError:
+        return default
