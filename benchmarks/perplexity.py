@@ -19,7 +19,6 @@ import argparse
 import json
 import math
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,17 +40,15 @@ Logits = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Perplexity over `predicted` tokens, and the seconds it took (loading apart)."""
+    """Perplexity over `predicted` tokens."""
 
     perplexity: float
     predicted: int
-    seconds: float
 
 
 def score(logits_of: Logits, ids: list[int], window: int) -> Score:
     """See the module docstring; log-likelihoods in float32, their sum in double."""
     total, count = 0.0, 0
-    start = time.perf_counter()
     for first in range(0, len(ids) - 1, window):
         chunk_1S = torch.tensor([ids[first : first + window]])
         with torch.inference_mode():
@@ -59,7 +56,7 @@ def score(logits_of: Logits, ids: list[int], window: int) -> Score:
             loss = torch.nn.functional.cross_entropy(logits_SV, chunk_1S[0, 1:], reduction="sum")
         total += loss.item()
         count += chunk_1S.shape[1] - 1
-    return Score(math.exp(total / count), count, time.perf_counter() - start)
+    return Score(math.exp(total / count), count)
 
 
 def eager(arithmetic: torch.dtype) -> Logits:
@@ -109,7 +106,6 @@ def run(text: str, tokens: int, window: int, reference: str) -> dict[str, Any]:
             "percent": percent,
             "accepted": abs(percent) <= ACCEPTED_PERCENT,
             "predicted": result.predicted,
-            "seconds": result.seconds,
         }
         print(f"{name}: {result.perplexity:.4f} {percent:+.3f} %", flush=True)
     return {
@@ -147,11 +143,11 @@ def markdown(report: dict[str, Any]) -> str:
 
 def show(report: dict[str, Any]) -> None:
     """The same on the terminal."""
-    table = Table("", "perplexity", "difference", "seconds")
+    table = Table("", "perplexity", "difference")
     for name, r in report["results"].items():
         colour = "green" if r["accepted"] else "red"
         difference = f"[{colour}]{r['percent']:+.3f} %[/]"
-        table.add_row(name, f"{r['perplexity']:.4f}", difference, f"{r['seconds']:.0f}")
+        table.add_row(name, f"{r['perplexity']:.4f}", difference)
     Console().print(table)
 
 

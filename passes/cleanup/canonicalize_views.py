@@ -2,7 +2,7 @@
 
     view, _unsafe_view, flatten, unflatten       -> aten.reshape(x, [sizes])
     transpose/unsqueeze/cat/slice/... with dim<0 -> the same with dim >= 0
-    permute that swaps two axes                  -> aten.transpose
+    permute that swaps two axes, mT, t           -> aten.transpose
 
 Memory layout is no part of this IR's meaning, so reshape stands for view. Exact.
 """
@@ -31,6 +31,7 @@ _DIMS: dict[object, tuple[tuple[int, ...], int]] = {
     aten.select.int: ((1,), 0),
     aten.softmax.int: ((1,), 0),
 }
+_MATRIX_TRANSPOSES = (aten.mT.default, aten.t.default)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,10 @@ def _canonical(node: fx.Node) -> Respelled | None:
         )
     if is_call(node, aten.permute.default):
         return _as_transpose(node)
+    if is_call(node, *_MATRIX_TRANSPOSES):
+        rank = len(node.meta["val"].shape)
+        swapped = (node.args[0], rank - 2, rank - 1)
+        return Respelled(node, aten.transpose.int, swapped) if rank >= 2 else None
     if node.op == "call_function" and node.target in _DIMS:
         places, extra = _DIMS[node.target]
         operand = node.args[0]

@@ -40,7 +40,8 @@ Sizes = Sequence[int | torch.SymInt]
 @dataclass(frozen=True, slots=True)
 class AttentionSite:
     """`last` computes attention(q, k, v). order: permutation of the result's axes. is_folded: the
-    result is `[B * H, S, E]` of four axes. mask_is_inverted: the dense mask hides where true."""
+    result is `[B * H, S, E]` of four axes. is_flat: operands and result have three axes.
+    mask_is_inverted: the dense mask hides where true."""
 
     last: fx.Node
     q: Operand
@@ -52,7 +53,16 @@ class AttentionSite:
     meaning: MaskMeaning
     order: tuple[int, ...] | None = None
     is_folded: bool = False
+    is_flat: bool = False
     mask_is_inverted: bool = False
+
+    @property
+    def head_axis(self) -> int:
+        """Where three axes get a fourth: heads apart, or heads of one batch where masks tell the
+        first axis apart."""
+        meaning = self.meaning
+        is_masked = meaning.mask or meaning.padding or meaning.aux or self.sinks
+        return 0 if is_masked or "h" in meaning.predicate else 1
 
     def dense(self, mask: fx.Node, why: str) -> AttentionSite:
         """With the mask as it is."""
@@ -147,8 +157,7 @@ def _site(
         elif is_folded:
             text = "heads are folded into the batch in a way that cannot be undone"
             return Reject("folded-heads", text, product, "use [batch, heads, sequence, width]")
-        else:
-            operands = [operand.then(aten.unsqueeze.default, 0) for operand in operands]
+    is_flat = len(shape_of(product)) == 3 and not is_folded
     q, q_scale = unscaled(graph, operands[0])
     k, k_scale = unscaled(graph, operands[1])
     k, inner_scale = unscaled(graph, unrepeated(k))
@@ -159,7 +168,7 @@ def _site(
         text = f"queries, keys, values and result have dtypes {sorted(map(str, dtypes))}"
         return Reject("dtype-mix", text, down.last, "use one dtype")
     site = AttentionSite(
-        down.last, q, k, v, scale, 0.0, sinks, MaskMeaning(), down.order, is_folded
+        down.last, q, k, v, scale, 0.0, sinks, MaskMeaning(), down.order, is_folded, is_flat
     )
     return _masked(graph, values, site, scores, product)
 

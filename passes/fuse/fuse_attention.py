@@ -75,6 +75,9 @@ class FuseAttention(Pass[AttentionSite]):
         """Emit the op where the last node stood."""
         with builder.at(bound.last):
             operands = [operand.emit(builder) for operand in (bound.q, bound.k, bound.v)]
+            if bound.is_flat:
+                at, make = bound.head_axis, aten.unsqueeze.default
+                operands = [builder.emit(make, [x, at], like=[x]) for x in operands]
             meaning = bound.meaning
             new = builder.emit(
                 attention.SPEC.overload,
@@ -100,8 +103,8 @@ class FuseAttention(Pass[AttentionSite]):
                 new = builder.emit(aten.permute.default, [new, list(bound.order)], like=[new])
             if bound.is_folded:
                 new = builder.emit(aten.flatten.using_ints, [new, 0, 1], like=[new])
-            elif len(shape_of(bound.last)) == 3:
-                new = builder.emit(aten.squeeze.dim, [new, 0], like=[new])
+            elif bound.is_flat:
+                new = builder.emit(aten.squeeze.dim, [new, bound.head_axis], like=[new])
         new.meta["layer"] = bound.last.meta["layer"]
         replace(builder.graph, bound.last, new)
 
@@ -177,12 +180,10 @@ def _sdpa(graph: Graph, node: fx.Node) -> AttentionSite | Reject:
     scale = argument(node, "scale")
     factor = float(scale) if scale is not None else float(shape_of(q)[-1]) ** -0.5
     q_BHSD, k_BGTD, v_BGTE = Operand(q), unrepeated(Operand(k)), unrepeated(Operand(v))
-    if len(shape_of(q)) == 3:
-        # One batch of many heads: rows stay apart, and masks [N, S, T] go with the heads.
-        q_BHSD, k_BGTD, v_BGTE = (
-            operand.then(aten.unsqueeze.default, 0) for operand in (q_BHSD, k_BGTD, v_BGTE)
-        )
-    site = AttentionSite(node, q_BHSD, k_BGTD, v_BGTE, factor, 0.0, None, MaskMeaning())
+    flat = len(shape_of(q)) == 3
+    site = AttentionSite(
+        node, q_BHSD, k_BGTD, v_BGTE, factor, 0.0, None, MaskMeaning(), is_flat=flat
+    )
     sizes = (*shape_of(q)[:-1], shape_of(k)[-2])
     if argument(node, "is_causal"):
         visible = ia.less_equal(axis(3), axis(2))

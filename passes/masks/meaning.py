@@ -160,13 +160,18 @@ class _Meaning:
         return causal, window, padding, other
 
     def _shows_something(self, causal: bool, window: int, other: list[Expr]) -> bool:
-        """A query sees the key at its own position, or what hides it is an input."""
+        """A query sees the key at its own position or the first one, or an input hides it."""
         if (causal or window) and self.gap != ia.integer(0):
             low = ia.smallest(self.gap, {})
             if low is None or low < 0:
                 return False
-        own = {axis(3): ia.add(axis(2), self.gap)}
-        return all(ia.substitute(part, own) == ia.TRUE or ia.reads(part) for part in other)
+        surely_seen: list[Expr] = [ia.add(axis(2), self.gap)]
+        if not window:
+            surely_seen.append(ia.integer(0))
+        return any(
+            all(ia.substitute(p, {axis(3): key}) == ia.TRUE or ia.reads(p) for p in other)
+            for key in surely_seen
+        )
 
     def _node_of(self, e: Expr, kind: str, rank: int) -> fx.Node | None:
         """A node that holds `e`: `[B, T]` for rank 2, broadcastable to `[B, H, S, T]` for 4."""

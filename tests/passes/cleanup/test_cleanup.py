@@ -114,6 +114,11 @@ def test_a_swap_by_permute_is_a_transpose_and_a_rotation_is_not() -> None:
     assert graph.op_counts()["aten.permute"] == 2
 
 
+def test_matrix_transposes_are_transposes() -> None:
+    graph = check(lambda x: (x.mT * 2.0).mT, ("canonicalize_views",))
+    assert graph.op_counts()["aten.transpose.int"] == 2
+
+
 def test_equal_calls_are_merged() -> None:
     graph = check(lambda x: x.cos() + x.cos() * x.cos(), ("common_subexpressions",))
     assert graph.op_counts()["aten.cos"] == 1

@@ -63,7 +63,7 @@ def check(drawn: list[Spelling]) -> None:
         assert error <= limit, (spelling, float(error))
 
 
-@settings(RULES, max_examples=6)
+@settings(RULES, max_examples=2)
 @given(DRAWN)
 def test_spellings(drawn: list[Spelling]) -> None:
     check(drawn)

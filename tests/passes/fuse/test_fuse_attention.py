@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 from run_graph import CLEANUP, apply, assert_close, assert_idempotent, run
 from tiny_models import tiny_llama
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import graphopt
 from graphopt.capture import capture
 from graphopt.ir.graph import Graph, argument
 from graphopt.models.bert_like import BertLike, BertLikeConfig
@@ -182,7 +185,8 @@ def test_alibi_is_a_bias_of_indices() -> None:
 def test_a_query_that_may_see_nothing_keeps_its_dense_mask() -> None:
     strict = hides(lambda i, j: (j >= i) & (i > 0))
     (node,) = fuse(lambda q, k, v: softmax(q, k, v, strict))[0].calls(attention.SPEC.overload)
-    assert argument(node, "mask") is not None
+    # Every query sees the first key.
+    assert argument(node, "mask") is None
     nothing = hides(lambda i, j: (j >= i) | (j < 0))
     graph, _ = fuse(lambda q, k, v: softmax(q, k, v, nothing).nan_to_num())
     for node in graph.calls(attention.SPEC.overload):
@@ -288,20 +292,107 @@ def test_our_gpt2_and_bert() -> None:
     assert_close(run(graph, ids, mask), bert(ids, mask))
 
 
-def test_a_mask_from_data_stays_dense() -> None:
-    class FromData(nn.Module):
+@pytest.mark.parametrize("spelling", ["sdpa", "by hand", "folded heads"])
+def test_three_axes_can_be_served(spelling: str) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        b, h, s, d = q.shape
+        if spelling == "folded heads":
+            q, k, v = (x.reshape(b * h, s, d) for x in (q, k, v))
+            scores = by_tril(torch.bmm(q, k.transpose(1, 2)) * 0.3, q[None])
+            return torch.bmm(scores.softmax(-1), v).view(b, h, s, d)
+        q, k, v = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
+        if spelling == "sdpa":
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            out = by_tril(q @ k.mT * 0.3, q[None]).softmax(-1) @ v
+        return out.view(b, s, h, d).transpose(1, 2)
+
+    model = Attention(attend).eval()
+    ids = torch.randint(0, 50, (2, 9))
+    program = graphopt.compile(model, ids, serving="required", expect={"fuse_attention": 1})
+    ids = torch.randint(0, 50, (3, 5))
+    assert_close(torch.as_tensor(program(ids)), model(ids))
+
+
+def test_more_keys_than_queries_align_as_written() -> None:
+    """is_causal counts from the first key, the op from the last one."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (torch.cat([x[:, :, :1] + 1, x[:, :, :1], x], 2) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    (node,) = fuse(attend)[0].calls(attention.SPEC.overload)
+    assert not argument(node, "causal")
+    assert argument(node, "predicate") == "k + 2 <= q"
+
+
+class FromData(nn.Module):
+    """Who sees whom depends on the token ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Attention(lambda q, _k, _v: q)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        q = self.inner(input_ids)[:, None]
+        order = input_ids.cumsum(1)
+        weights = torch.softmax(self.inner.embed(order).sum(-1)[:, None, None] + q @ q.mT, -1)
+        return weights @ q
+
+
+def test_a_bias_from_data_stays_dense_with_its_reason() -> None:
+    model = FromData().eval()
+    graph = capture(model, torch.randint(0, 4, (2, 7)))
+    report = apply(graph, *CLEANUP, "fuse_attention", "dead_code")
+    (node,) = graph.calls(attention.SPEC.overload)
+    assert argument(node, "mask") is not None
+    (site,) = next(record.sites for record in report.passes if record.name == "fuse_attention")
+    assert site.remark.startswith("dense mask kept: ")
+    ids = torch.randint(0, 4, (3, 5))
+    assert_close(run(graph, ids), model(ids))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_both_ways_of_export(strict: bool) -> None:
+    model = Attention(lambda q, k, v: softmax(q, k, v, by_tril)).eval()
+    graph = capture(model, torch.randint(0, 50, (2, 9)), strict=strict)
+    apply(graph, *CLEANUP, "fuse_attention", "dead_code")
+    assert the_attention(graph)["causal"]
+    ids = torch.randint(0, 50, (3, 5))
+    assert_close(run(graph, ids), model(ids))
+
+
+def test_without_a_dense_mask_memory_is_linear_in_the_sequence() -> None:
+    class Largest(TorchDispatchMode):
+        """Elements of the largest tensor that any op makes."""
+
         def __init__(self) -> None:
             super().__init__()
-            self.inner = Attention(lambda q, _k, _v: q)
+            self.numel = 0
 
-        def forward(self, input_ids: Tensor) -> Tensor:
-            q = self.inner(input_ids)[:, None]
-            mask = input_ids[:, None, None] <= input_ids[:, None, :, None]
-            return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                self.numel = max(self.numel, result.numel())
+            return result
 
-    graph = capture(FromData().eval(), torch.randint(0, 9, (2, 7)))
-    apply(graph, *CLEANUP, "fuse_attention", "dead_code")
-    (node,) = graph.calls(attention.SPEC.overload)
-    assert argument(node, "mask") is not None or "aux0" in argument(node, "predicate")
-    ids = torch.randint(0, 9, (3, 5))
-    assert_close(run(graph, ids), run(capture(FromData().eval(), ids), ids), 10.0)
+    def largest(length: int) -> int:
+        mode = Largest()
+        with mode:
+            run(graph, torch.randint(0, 50, (2, length)))
+        return mode.numel
+
+    def windowed(scores: Tensor, q: Tensor) -> Tensor:
+        return hides(lambda i, j: (j > i) | (j <= i - 5))(scores, q)
+
+    graph, _ = fuse(lambda q, k, v: softmax(q, k, v, windowed))
+    assert largest(2048) == 2 * largest(1024)
+    # Not so before the pass.
+    graph = capture(Attention(lambda q, k, v: softmax(q, k, v, windowed)).eval(), ids_of(11))
+    assert largest(2048) == 4 * largest(1024)
+
+
+def ids_of(length: int) -> Tensor:
+    return torch.randint(0, 50, (2, length))
