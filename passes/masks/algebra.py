@@ -21,8 +21,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-Number: TypeAlias = bool | int | float
-
 
 @dataclass(frozen=True, slots=True)
 class Var:
@@ -36,7 +34,7 @@ class Var:
 class Num:
     """A number. True and 1 differ."""
 
-    value: Number
+    value: bool | float
     kind: str
 
     def __bool__(self) -> bool:
@@ -84,7 +82,7 @@ def real(value: float) -> Num:
     return Num(float(value), "float")
 
 
-def number(value: Number) -> Num:
+def number(value: bool | float) -> Num:
     """A constant of the value's own kind."""
     kind = "bool" if isinstance(value, bool) else "int" if isinstance(value, int) else "float"
     return Num(value, kind)
