@@ -135,6 +135,10 @@ def _index(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr |
         at = values.element(indices[d], block)
         if at is None or ia.kind_of(at) != "int":
             return None
+        low = ia.smallest(at, {})
+        if low is None or low < 0:
+            # A negative index would count from the end.
+            return None
         moves[axis(d)] = ia.substitute(at, shifted)
     return ia.substitute(grid.element, moves)
 

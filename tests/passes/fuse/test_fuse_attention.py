@@ -326,6 +326,35 @@ def test_more_keys_than_queries_align_as_written() -> None:
     assert argument(node, "predicate") == "k + 2 <= q"
 
 
+class Packed(nn.Module):
+    """Several documents in one row: tokens see the earlier tokens of their own document."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Attention(lambda q, _k, _v: q)
+
+    def forward(self, input_ids: Tensor, documents: Tensor) -> Tensor:
+        q = self.inner(input_ids)[:, None]
+        i, j = iota(q)
+        same = documents[:, None, :, None] == documents[:, None, None, :]
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=same & (j <= i))
+
+
+def test_packed_documents_are_a_predicate() -> None:
+    def some(batch: int, length: int) -> tuple[Tensor, Tensor]:
+        documents = torch.randint(0, 2, (batch, length)).cumsum(1)
+        return torch.randint(0, 50, (batch, length)), documents
+
+    model = Packed().eval()
+    graph = capture(model, some(2, 9))
+    apply(graph, *CLEANUP, "fuse_attention", "dead_code")
+    found = the_attention(graph)
+    assert (found["causal"], found["mask"]) == (True, None)
+    assert found["predicate"] == "aux0[b, k] == aux0[b, q]"
+    inputs = some(3, 12)
+    assert_close(run(graph, *inputs), model(*inputs))
+
+
 class FromData(nn.Module):
     """Who sees whom depends on the token ids."""
 
