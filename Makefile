@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-fast install install-dev lint typecheck docs bench clean
+.PHONY: demo test test-fast test-exhaustive install install-dev lint typecheck docs bench clean
 
 demo: install
 	$(BIN)/graphopt demo
@@ -28,6 +28,10 @@ test: install-dev
 
 test-fast: install-dev
 	$(BIN)/python -m pytest -m "not real_model and not slow"
+
+# Everything, the tests of many minutes too.
+test-exhaustive: install-dev
+	$(BIN)/python -m pytest --exhaustive
 
 lint:
 	$(BIN)/python -m ruff check --fix .

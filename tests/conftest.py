@@ -1,6 +1,23 @@
-"""Makes the shared test helpers importable whatever folder pytest starts in."""
+"""Makes the shared test helpers importable whatever folder pytest starts in; skips the longest."""
 
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.append(str(Path(__file__).parent))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--exhaustive`: run the tests that take many minutes, too."""
+    parser.addoption("--exhaustive", action="store_true", help="run the tests so marked")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Exhaustive tests are skipped, with the reason, unless they were asked for."""
+    if config.getoption("--exhaustive"):
+        return
+    skip = pytest.mark.skip(reason="takes many minutes: run with --exhaustive")
+    for item in items:
+        if "exhaustive" in item.keywords:
+            item.add_marker(skip)

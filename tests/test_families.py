@@ -23,7 +23,7 @@ CASES = [
         road,
         masked,
         id=f"{family.name.replace(' ', '_')}-{road}-{'mask' if masked else 'no_mask'}",
-        marks=[] if family.name in QUICK else [pytest.mark.slow],
+        marks=[] if family.name in QUICK else [pytest.mark.exhaustive],
     )
     for family in FAMILIES
     for road in ROADS

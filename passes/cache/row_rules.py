@@ -24,7 +24,15 @@ from graphopt.ops import (
     rope,
     swiglu,
 )
-from graphopt.passes.cache.row_layout import Axis, Rows, batch_mixed, mixed, rank, refuse_along
+from graphopt.passes.cache.row_layout import (
+    Axis,
+    Rows,
+    batch_mixed,
+    mixed,
+    rank,
+    refuse_along,
+    sizes,
+)
 from graphopt.passes.cache.row_shape_rules import SHAPE_RULES, Rule
 
 aten = torch.ops.aten
@@ -167,6 +175,11 @@ def _attention(rows: Rows, node: fx.Node) -> Axis:
                 "has heads whose number depends on the batch or the sequence; write it over "
                 "[batch, heads, sequence, width]",
             )
+    if any(sizes(operand)[0] != rows.batch for operand in (q, k, v)):
+        raise batch_mixed(
+            node,
+            "has heads folded into its batch; write it over [batch, heads, sequence, width]",
+        )
     if not {rows.of(q), rows.of(k), rows.of(v)} == {2}:
         raise mixed(node, "attends from token rows to something else (cross-attention)")
     if not argument(node, "causal"):

@@ -27,7 +27,7 @@ from graphopt.ir.builder import GraphBuilder, replace
 from graphopt.ir.graph import Graph, argument, is_call, shape_of
 from graphopt.ops import attention
 from graphopt.passes.base import Pass, Reject, Stage, Tier
-from graphopt.passes.fuse.attention_operands import Operand, is_tensor, unrepeated
+from graphopt.passes.fuse.attention_operands import Operand, is_tensor, unfolded, unrepeated
 from graphopt.passes.fuse.attention_site import AttentionSite, hand_written, mask_sizes, proven
 from graphopt.passes.masks import algebra as ia
 from graphopt.passes.masks.grid import Candidate
@@ -151,8 +151,7 @@ def _hooked(graph: Graph, node: fx.Node) -> AttentionSite:
         return site
     sizes = (*shape_of(q)[:3], shape_of(k)[2])
     alone = _with_mask(graph, replace_field(site, meaning=MaskMeaning()), mask, sizes).meaning
-    is_clear = not (given.window and alone.window) and not (given.bias and alone.bias)
-    if not is_clear or given.aux:
+    if (given.window and alone.window) or given.predicate or given.bias or given.aux:
         return site
     return replace_field(
         site,
@@ -179,10 +178,26 @@ def _sdpa(graph: Graph, node: fx.Node) -> AttentionSite | Reject:
         return Reject("not-heads", text, node, "give q, k and v four axes")
     scale = argument(node, "scale")
     factor = float(scale) if scale is not None else float(shape_of(q)[-1]) ** -0.5
-    q_BHSD, k_BGTD, v_BGTE = Operand(q), unrepeated(Operand(k)), unrepeated(Operand(v))
-    flat = len(shape_of(q)) == 3
+    mask = argument(node, "attn_mask")
+    operands = [Operand(q), Operand(k), Operand(v)]
+    whole = [unfolded(operand) for operand in operands]
+    is_flat = len(shape_of(q)) == 3
+    # A mask over folded heads could tell them apart.
+    is_folded = is_flat and mask is None and None not in whole
+    if is_folded:
+        operands = [operand for operand in whole if operand is not None]
+    q_BHSD, k_BGTD, v_BGTE = operands[0], *map(unrepeated, operands[1:])
     site = AttentionSite(
-        node, q_BHSD, k_BGTD, v_BGTE, factor, 0.0, None, MaskMeaning(), is_flat=flat
+        node,
+        q_BHSD,
+        k_BGTD,
+        v_BGTE,
+        factor,
+        0.0,
+        None,
+        MaskMeaning(),
+        is_folded=is_folded,
+        is_flat=is_flat and not is_folded,
     )
     sizes = (*shape_of(q)[:-1], shape_of(k)[-2])
     if argument(node, "is_causal"):
@@ -192,7 +207,7 @@ def _sdpa(graph: Graph, node: fx.Node) -> AttentionSite | Reject:
             return found
         text = f"is_causal with more queries than keys: {found.text}"
         return Reject("causal-alignment", text, node, "give as many queries as keys, or a mask")
-    return _with_mask(graph, site, argument(node, "attn_mask"), sizes)
+    return _with_mask(graph, site, mask, sizes)
 
 
 def _with_mask(

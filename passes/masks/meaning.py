@@ -68,6 +68,7 @@ class _Meaning:
 
     def __init__(self, values: MaskValues, sizes: Sequence[Expr]) -> None:
         self.values = values
+        self.sizes = tuple(sizes)
         self.queries, self.keys = sizes[2], sizes[3]
         self.gap = ia.add(self.keys, self.queries, -1)
         self.aux: list[fx.Node] = []
@@ -175,26 +176,24 @@ class _Meaning:
 
     def _node_of(self, e: Expr, kind: str, rank: int) -> fx.Node | None:
         """A node that holds `e`: `[B, T]` for rank 2, broadcastable to `[B, H, S, T]` for 4."""
-        sizes = (ia.integer(0),) * 4
         for node in self.values.nodes():
             value = node.meta["val"]
-            if not isinstance(value, Tensor) or value.ndim > 4 or value.ndim < 2:
+            if not isinstance(value, Tensor) or not 2 <= value.ndim <= 4:
                 continue
-            if rank == 2 and value.ndim != 2:
+            if (value.ndim != 2) if rank == 2 else (kind != _kind_of(value)):
                 continue
-            if rank == 4 and kind != _kind_of(value):
+            grid = self.values.of(node)
+            wanted = self.sizes[4 - value.ndim :] if rank == 4 else (self.sizes[0], self.keys)
+            one = ia.integer(1)
+            if any(own not in (one, size) for own, size in zip(grid.sizes, wanted, strict=True)):
                 continue
-            if rank == 2:
-                grid = self.values.of(node)
-                if grid.sizes[1] != self.keys:
-                    continue
-                element: Expr | None = ia.substitute(grid.element, {axis(1): axis(3)})
+            if rank == 4:
+                element = self.values.element(node, self.sizes)
+            elif grid.sizes[1] == self.keys:
+                element = ia.substitute(grid.element, {axis(1): axis(3)})
             else:
-                element = self.values.element(node, sizes)
-            if element is None:
                 continue
-            same = as_kind(self.values, element, kind, value.dtype)
-            if same == e:
+            if element is not None and as_kind(self.values, element, kind, value.dtype) == e:
                 return node
         return None
 

@@ -69,7 +69,7 @@ def test_spellings(drawn: list[Spelling]) -> None:
     check(drawn)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @settings(RULES, max_examples=100)
 @given(DRAWN)
 def test_two_thousand_spellings(drawn: list[Spelling]) -> None:

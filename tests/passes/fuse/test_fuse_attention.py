@@ -355,6 +355,32 @@ def test_packed_documents_are_a_predicate() -> None:
     assert_close(run(graph, *inputs), model(*inputs))
 
 
+def test_a_square_mask_of_columns_is_no_padding() -> None:
+    """It depends on the key alone, but its rows are queries, not batch items."""
+
+    class Columns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Attention(lambda q, _k, _v: q)
+            self.register_buffer("seen", torch.rand(64, 64) < 0.7)
+            self.seen[:, 0] = True
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            q, s = self.inner(input_ids)[:, None], input_ids.shape[1]
+            columns = self.seen[0][:s].expand(s, s)
+            dense = F.scaled_dot_product_attention(q, q, q, attn_mask=self.seen[:s, :s])
+            return F.scaled_dot_product_attention(q, q, q, attn_mask=columns) + dense
+
+    model = Columns().eval()
+    graph = capture(model, torch.randint(0, 50, (2, 9)))
+    apply(graph, *CLEANUP, "fuse_attention", "dead_code")
+    for node in graph.calls(attention.SPEC.overload):
+        mask = argument(node, "mask")
+        assert mask is None or mask.meta["val"].shape[-1] != 64
+    ids = torch.randint(0, 50, (3, 12))
+    assert_close(run(graph, ids), model(ids))
+
+
 class FromData(nn.Module):
     """Who sees whom depends on the token ids."""
 
