@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -415,6 +416,24 @@ def test_both_ways_of_export(strict: bool) -> None:
     assert the_attention(graph)["causal"]
     ids = torch.randint(0, 50, (3, 5))
     assert_close(run(graph, ids), model(ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_that_was_exported_without_us(tmp_path: Path, dtype: torch.dtype) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = by_addition(q @ k.transpose(2, 3) * 0.3, q)
+        return F.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v
+
+    model = Attention(attend).eval().to(dtype)
+    dims = ({0: torch.export.Dim("b"), 1: torch.export.Dim("s")},)
+    exported = torch.export.export(model, (ids_of(9),), dynamic_shapes=dims)
+    torch.export.save(exported, tmp_path / "model.pt2")
+    graph = capture(torch.export.load(tmp_path / "model.pt2"))
+    apply(graph, *CLEANUP, "fuse_attention", "dead_code")
+    found = the_attention(graph)
+    assert (found["causal"], found["mask"]) == (True, None)
+    ids = torch.randint(0, 50, (3, 5))
+    assert_close(run(graph, ids), model(ids), 1e-5 if dtype == torch.float32 else 2e-2)
 
 
 def test_without_a_dense_mask_memory_is_linear_in_the_sequence() -> None:
