@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Graph, dtype_of
 from graphopt.ops.attention import Masks, masked_softmax
 from graphopt.passes.masks.meaning import MaskMeaning
 
@@ -138,7 +138,8 @@ def _agrees_at(
     # A row that sees nothing is zero here and anything there.
     rows = (weights > 0).any(-1)
     is_same = torch.equal((weights > 0)[rows], (wanted > 0)[rows])
-    low = expected.dtype != torch.float32 or last.dtype in (torch.bfloat16, torch.float16)
+    compared = candidate.last if candidate.product is None else candidate.product
+    low = dtype_of(compared) in (torch.bfloat16, torch.float16)
     limit = _TOLERANCE_LOW if low else _TOLERANCE
     return is_same and bool((weights - wanted)[rows].abs().max() <= limit)
 
