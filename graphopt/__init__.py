@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from graphopt.capture import ModelSource, capture
 
 if TYPE_CHECKING:
+    from graphopt.bisection import Bisection, bisect
     from graphopt.compiler import compile
     from graphopt.explainer import explain
     from graphopt.explanation import Explanation
@@ -26,22 +27,26 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Bisection": "graphopt.bisection",
     "Explanation": "graphopt.explanation",
     "Graph": "graphopt.ir.graph",
     "Program": "graphopt.program",
     "SamplingParams": "graphopt.runtime",
+    "bisect": "graphopt.bisection",
     "compile": "graphopt.compiler",
     "explain": "graphopt.explainer",
     "load_program": "graphopt.storage",
 }
 
 __all__ = [
+    "Bisection",
     "Explanation",
     "Graph",
     "ModelSource",
     "Program",
     "SamplingParams",
     "__version__",
+    "bisect",
     "capture",
     "compile",
     "explain",

@@ -1,4 +1,4 @@
-"""The command line: `graphopt demo | generate | compile | inspect | explain | passes`.
+"""The command line: `graphopt demo | generate | compile | inspect | explain | bisect | passes`.
 
 Errors that graphopt raises on purpose are printed as one line, exit status 2; anything else is a
 bug and keeps its traceback.
@@ -6,10 +6,11 @@ bug and keeps its traceback.
 
 from __future__ import annotations
 
+import runpy
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import typer
@@ -265,6 +266,49 @@ def explain(
             console.print(Text(f"{found.title(run)}: {run.summary}"))
         else:
             console.print(found.run_table(run))
+
+
+@app.command()
+def bisect(
+    target: Annotated[
+        str,
+        typer.Argument(
+            help="a model, or a .py file that defines `model` and maybe `example`, `is_good` and "
+            "passes of its own"
+        ),
+    ],
+    disable: Annotated[
+        list[str] | None, typer.Option(help="a pass to leave out; can be repeated")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder for a reproducer that runs alone", show_default=False),
+    ] = None,
+) -> None:
+    """Find the first rewrite that makes the model compute something else."""
+    known: dict[str, Any] = {"model": target}
+    if target.endswith(".py"):
+        if not Path(target).is_file():
+            raise UnsupportedError(f"{target} is no file")
+        known = runpy.run_path(target)
+        if "model" not in known:
+            raise UnsupportedError(f"{target} defines no `model`")
+    elif not is_program(Path(target)):
+        known["model"] = load(target, weights="dense")
+    found = graphopt.bisect(
+        known["model"],
+        known.get("example"),
+        is_good=known.get("is_good"),
+        disable=disable or (),
+    )
+    if found is None:
+        console.print(Text("no rewrite changes what the model computes"))
+        return
+    console.print(Text(str(found)))
+    if out is not None:
+        found.save(out)
+        console.print(Text(f"reproducer: python {out / 'reproduce.py'}"))
+    raise typer.Exit(1)
 
 
 @app.command()

@@ -20,6 +20,7 @@ from graphopt.codegen.backend import Backend, ForwardExecutable, ServingExecutab
 from graphopt.errors import RequestError, RowDependenceError, did_you_mean
 from graphopt.inputs import check_inputs, input_types
 from graphopt.ir.graph import Graph
+from graphopt.oracle import whole_prompt_logits
 from graphopt.report import Rejection, Report
 from graphopt.runtime import Completion, Engine, SamplingParams, TokenEvent
 from graphopt.runtime.request import sampling_params
@@ -106,7 +107,7 @@ class Program:
         check_inputs(self._input_types, values)
         try:
             if self._serving is not None and len(values) == 1:
-                return self._paged_logits(values[0])
+                return whole_prompt_logits(self.executable, values[0])
             if self._forward is None:
                 self._forward = self._backend.lower(self._with_weights(self.graph))
             outputs = self._forward(*values)
@@ -114,29 +115,6 @@ class Program:
             # Positions that the graph computes are known only as it runs.
             raise RequestError(f"an id or a position is outside its table: {error}") from error
         return outputs[0] if len(outputs) == 1 else outputs
-
-    def _paged_logits(self, ids_BS: Tensor) -> Tensor:
-        executable = self.executable
-        batch, length = ids_BS.shape
-        if executable.max_context is not None and length > executable.max_context:
-            raise RequestError(f"{length} tokens, the model takes {executable.max_context}")
-        block_size = 16
-        blocks = -(-length // block_size)
-        cache = executable.new_cache(batch * blocks, block_size)
-        tables = torch.arange(batch * blocks).view(batch, blocks)
-        positions = torch.arange(length)
-        slots = tables[:, positions // block_size] * block_size + positions % block_size
-        logits = executable(
-            cache,
-            tokens=ids_BS.reshape(-1).contiguous(),
-            positions=positions.repeat(batch),
-            slots=slots.reshape(-1).contiguous(),
-            query_start=torch.arange(batch + 1) * length,
-            kv_lens=torch.full((batch,), length),
-            block_tables=tables.contiguous(),
-            logit_rows=torch.arange(batch * length),
-        )
-        return logits.view(batch, length, -1)
 
     def engine(self, **options: Any) -> Engine:
         """A generation engine over this program; options as in `graphopt.runtime.Engine`.

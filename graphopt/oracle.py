@@ -1,0 +1,102 @@
+"""What a graph computes, whichever form it has: the oracle of numeric checks and bisection.
+
+A captured graph is run op by op by the ops' definitions. A serving graph is given whole prompts at
+once, each with fresh cache blocks, so that both forms answer the same question: ids -> logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from graphopt.codegen.backend import ServingExecutable
+from graphopt.codegen.reference import ReferenceBackend
+from graphopt.errors import RequestError
+from graphopt.inputs import input_types
+from graphopt.ir.graph import Graph
+
+BLOCK_SIZE = 16
+
+
+def whole_prompt_logits(executable: ServingExecutable, ids_BS: Tensor) -> Tensor:
+    """Logits `[B, S, V]` of one step over B whole prompts.
+
+    Raises RequestError for prompts longer than the model's context.
+    """
+    batch, length = ids_BS.shape
+    if executable.max_context is not None and length > executable.max_context:
+        raise RequestError(f"{length} tokens, the model takes {executable.max_context}")
+    blocks = -(-length // BLOCK_SIZE)
+    cache = executable.new_cache(batch * blocks, BLOCK_SIZE)
+    tables = torch.arange(batch * blocks).view(batch, blocks)
+    positions = torch.arange(length)
+    slots = tables[:, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+    logits = executable(
+        cache,
+        tokens=ids_BS.reshape(-1).contiguous(),
+        positions=positions.repeat(batch),
+        slots=slots.reshape(-1).contiguous(),
+        query_start=torch.arange(batch + 1) * length,
+        kv_lens=torch.full((batch,), length),
+        block_tables=tables.contiguous(),
+        logit_rows=torch.arange(batch * length),
+    )
+    return logits.view(batch, length, -1)
+
+
+def outputs_of(graph: Graph, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """All outputs, by the ops' definitions. `inputs`: of the captured form, for both forms.
+
+    Raises BackendError when the weights have no data.
+    """
+    backend = ReferenceBackend()
+    with torch.inference_mode():
+        if graph.dialect == "captured":
+            return tuple(backend.lower(graph)(*inputs))
+        executable = backend.lower_serving(graph, None, None)
+        return (whole_prompt_logits(executable, inputs[0]),)
+
+
+def random_inputs(graph: Graph, seed: int = 0) -> tuple[Tensor, ...]:
+    """Inputs of a captured graph: ids within their tables, masks of zeros and ones that start with
+    a one, normal floats; symbolic sizes are 2 on axis 0 and 11 (or their limit) elsewhere."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes: dict[str, int] = {}
+    made = []
+    for kind in input_types(graph):
+        shape = []
+        for axis, (size, limit) in enumerate(zip(kind.sizes, kind.limits, strict=True)):
+            wanted = 2 if axis == 0 else 11
+            chosen = wanted if limit is None else min(wanted, limit)
+            shape.append(size if isinstance(size, int) else sizes.setdefault(size, chosen))
+        if kind.dtype.is_floating_point:
+            made.append(torch.randn(shape, generator=generator).to(kind.dtype))
+            continue
+        tensor = torch.randint(0, kind.rows or 2, shape, generator=generator)
+        if kind.rows is None and tensor.ndim > 1:
+            tensor[:, :1] = 1
+        made.append(tensor.to(kind.dtype))
+    return tuple(made)
+
+
+def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Largest difference of any output, relative to the largest value of that output.
+
+    Infinite when shapes differ or one is nan where the other is not.
+    """
+    worst = 0.0
+    for ours, theirs in zip(found, expected, strict=True):
+        if ours.shape != theirs.shape:
+            return float("inf")
+        if not theirs.is_floating_point():
+            worst = max(worst, 0.0 if torch.equal(ours, theirs) else float("inf"))
+            continue
+        a, b = ours.double(), theirs.double()
+        if not torch.equal(a.isfinite(), b.isfinite()):
+            return float("inf")
+        a, b = a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0)
+        if b.numel():
+            worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)))
+    return worst
