@@ -168,6 +168,14 @@ def bisect(
     return None
 
 
+def locate(
+    cls: type[Pass[Any]], before: Graph, inputs: Sequence[Tensor], tolerance: float
+) -> Site | None:
+    """The first rewrite of a pass that changes what `before` computes by more than `tolerance`."""
+    search = _Search(before, None, inputs, tolerance)
+    return search.site(cls, before, time.perf_counter()).site
+
+
 class _Search:
     """The oracle, with what it has seen."""
 

@@ -13,10 +13,13 @@ from torch.export import ExportedProgram
 from graphopt.capture import ModelSource, capture
 from graphopt.capture.capture import Dynamic, Example
 from graphopt.codegen.cpu.backend import select
+from graphopt.config import Config
+from graphopt.errors import UnsupportedError
 from graphopt.expectations import check_counts, check_names
 from graphopt.inputs import input_types, longest_sequence
 from graphopt.ir.graph import Graph
 from graphopt.models import end_token_ids, load
+from graphopt.numerics import NumericsCheck
 from graphopt.options import (
     SERVING_PASS,
     check_choices,
@@ -52,6 +55,7 @@ def compile(
     expect: Mapping[str, int] | None = None,
     instruments: Sequence[Instrument] = (),
     dump: str | Path | None = None,
+    check: Literal["numerics"] | None = None,
     threads: int | None = None,
 ) -> Program:
     """Compile a model.
@@ -71,8 +75,13 @@ def compile(
     expect: {"fuse_norm": 61} or {"graphopt.rms_norm": 61}: raises ExpectationError when a pass
         applied, or the graph holds, another number.
     dump: folder that receives the graph text after each pass that changed something.
+    check: "numerics": run the graph before and after every pass on random inputs, and raise
+        NumericsError when a pass changes more than its tier allows; `program.report.numerics` has
+        the figures. Default: GRAPHOPT_CHECK.
     threads: of the cpu backend; default: as many as torch uses.
     """
+    if check not in (None, "numerics"):
+        raise UnsupportedError(f"check={check!r} is not supported; supported: 'numerics', None")
     check_choices(backend, activations, kv_dtype, serving)
     check_threads(backend, threads)
     check_source(model, example, dynamic)
@@ -88,6 +97,8 @@ def compile(
     expected = {} if expect is None else expect
     check_names(expected, running)
     watchers = [*instruments, *([] if dump is None else [DumpInstrument(Path(dump))])]
+    if check == "numerics" or Config.from_environment().check:
+        watchers.append(NumericsCheck(report))
     forward_names = [name for name in names if find(name).stage != "cache"]
     serving_names = [name for name in running if find(name).stage == "cache"]
     pipeline = PassManager(

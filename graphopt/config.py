@@ -4,6 +4,7 @@
 |---------|------------------|-------------------|-------------------------------------------|
 | cache   | GRAPHOPT_CACHE   | ~/.cache/graphopt | folder for fetched and converted files    |
 | offline | GRAPHOPT_OFFLINE | 0                 | 1: never touch the network                |
+| check   | GRAPHOPT_CHECK   | 0                 | 1: `compile` checks every pass's numerics |
 
 Functions take a `Config` and read `Config.from_environment()` only when they were given none, so
 that a program can set everything in code.
@@ -28,13 +29,18 @@ class Config:
 
     cache: Path
     offline: bool = False
+    check: bool = False
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Config:
         """Read `environment` (default `os.environ`). Raises UnsupportedError on a bad flag."""
         env = os.environ if environment is None else environment
         cache = env.get("GRAPHOPT_CACHE") or "~/.cache/graphopt"
-        return cls(cache=Path(cache).expanduser(), offline=_flag(env, "GRAPHOPT_OFFLINE"))
+        return cls(
+            cache=Path(cache).expanduser(),
+            offline=_flag(env, "GRAPHOPT_OFFLINE"),
+            check=_flag(env, "GRAPHOPT_CHECK"),
+        )
 
 
 def _flag(env: Mapping[str, str], variable: str) -> bool:

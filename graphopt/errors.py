@@ -50,6 +50,10 @@ class RowDependenceError(PassError):
     """An op outside attention mixes token rows, so no KV cache can be inserted."""
 
 
+class NumericsError(PassError):
+    """A pass changed what the model computes by more than its tier allows."""
+
+
 class ExpectationError(GraphoptError):
     """`compile(expect=...)` named a count that the run did not reach."""
 

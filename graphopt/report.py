@@ -105,6 +105,17 @@ class PassRecord:
         return tuple(c.result for c in self.candidates if isinstance(c.result, Rejection))
 
 
+@dataclass(frozen=True, slots=True)
+class NumericChange:
+    """How far a pass moved the outputs: largest absolute, relative (to the largest value of the
+    output) and in units in the last place of that value."""
+
+    pass_name: str
+    max_absolute: float
+    max_relative: float
+    max_ulp: float
+
+
 @dataclass(slots=True)
 class Report:
     """The record of one compilation: stages outside the passes in seconds, then the passes.
@@ -115,6 +126,7 @@ class Report:
     passes: list[PassRecord] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    numerics: list[NumericChange] = field(default_factory=list)
     disabled: list[str] = field(default_factory=list)
 
     def sites(self, pass_name: str) -> int:
