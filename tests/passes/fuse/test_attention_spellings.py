@@ -59,7 +59,11 @@ def check(drawn: list[Spelling]) -> None:
         if spelling.spoil == "dropout":
             continue
         limit = 1e-5 if spelling.dtype == torch.float32 else 4e-2
-        error = (ours - theirs).abs().max() / theirs.abs().max()
+        # A softmax over the queries (no attention) is nan where -inf hides a key from all of them.
+        finite = theirs.isfinite()
+        assert torch.equal(ours.isfinite(), finite), spelling
+        assert finite.all() or spelling.spoil == "axis", spelling
+        error = (ours - theirs)[finite].abs().max() / theirs[finite].abs().max()
         assert error <= limit, (spelling, float(error))
 
 
