@@ -50,6 +50,21 @@ class Operand:
             node = builder.emit(op, [node, *arguments], like=[node])
         return node
 
+    @property
+    def shape(self) -> tuple[str, ...]:
+        """Sizes after the steps, as text."""
+        sizes = [str(size) for size in shape_of(self.node)]
+        for op, arguments in self.steps:
+            if op is aten.permute.default:
+                sizes = [sizes[i] for i in arguments[0]]
+            elif op is aten.transpose.int:
+                a, b = arguments
+                sizes[a], sizes[b] = sizes[b], sizes[a]
+            else:
+                assert op is aten.unsqueeze.default, op
+                sizes.insert(arguments[0], "1")
+        return tuple(sizes)
+
     def then(self, op: Any, *arguments: Any) -> Operand:
         """One more step."""
         return replace(self, steps=(*self.steps, (op, arguments)))
@@ -89,6 +104,8 @@ def unscaled(graph: Graph, operand: Operand) -> tuple[Operand, float]:
     node, factor = operand.node, 1.0
     while node.op == "call_function":
         number = scalar(graph, node.args[1]) if is_call(node, *_SCALE) else None
+        if number == 0.0:
+            break
         if number is not None and isinstance(node.args[0], fx.Node):
             if dtype_of(node) != dtype_of(first(node)):
                 break
@@ -236,6 +253,8 @@ def _einsum(node: fx.Node, left_is: fx.Node | None) -> Product | None:
         return None
     if left_is is not None:
         if left_is not in tensors or tensors[0] is tensors[1]:
+            return None
+        if len(letters[tensors.index(left_is)]) != 4:
             return None
         if tensors[1] is left_is:
             letters, tensors = letters[::-1], tensors[::-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,25 +11,30 @@ from torch import fx
 from graphopt.ir.graph import Graph, argument, dtype_of, is_call, op_name, shape_of
 from graphopt.passes.base import Reject
 from graphopt.passes.fuse.attention_operands import (
-    CASTS,
-    COPIES,
-    PRODUCTS,
-    VIEWS,
     Operand,
     first,
-    is_size,
-    is_tensor,
     read_product,
     transposed,
     unfolded,
     unrepeated,
     unscaled,
 )
+from graphopt.passes.fuse.attention_walk import (
+    Down,
+    leads_to,
+    outer_mask,
+    product_below,
+    read_sinks,
+    used_elsewhere,
+    walk_down,
+    without_row_maximum,
+)
 from graphopt.passes.masks import algebra as ia
 from graphopt.passes.masks.algebra import Expr
+from graphopt.passes.masks.bits import read_bits
 from graphopt.passes.masks.grid import Candidate, agrees
 from graphopt.passes.masks.meaning import MaskMeaning, Unproven, read_meaning, reader
-from graphopt.passes.masks.scores import HIDDEN, Unread, read_scores
+from graphopt.passes.masks.scores import Unread, read_scores
 from graphopt.passes.masks.values import MaskValues, axis, size_expr
 
 aten = torch.ops.aten
@@ -61,22 +65,12 @@ class AttentionSite:
         """Where three axes get a fourth: heads apart, or heads of one batch where masks tell the
         first axis apart."""
         meaning = self.meaning
-        is_masked = meaning.mask or meaning.padding or meaning.aux or self.sinks
-        return 0 if is_masked or "h" in meaning.predicate else 1
+        is_masked = meaning.mask or meaning.padding or meaning.predicate or meaning.bias
+        return 0 if is_masked or self.sinks else 1
 
     def dense(self, mask: fx.Node, why: str) -> AttentionSite:
         """With the mask as it is."""
         return replace(self, meaning=replace(MaskMeaning(), mask=mask, why_dense=why))
-
-
-@dataclass(frozen=True, slots=True)
-class _Down:
-    """What follows the softmax: `last` = probabilities @ v."""
-
-    last: fx.Node
-    v: Operand
-    order: tuple[int, ...] | None
-    drops_sink: bool
 
 
 def mask_sizes(sizes: Sizes) -> tuple[Expr, ...]:
@@ -109,23 +103,23 @@ def hand_written(graph: Graph, softmax: fx.Node) -> AttentionSite | Reject:
     if int(argument(softmax, "dim")) % rank != rank - 1:
         text = "the softmax is not over the last axis"
         return Reject("softmax-axis", text, softmax, "put the keys on the last axis")
-    down = _down(graph, softmax)
+    down = walk_down(graph, softmax)
     if isinstance(down, Reject):
         return down
     if rank not in (3, 4):
         return Reject("not-heads", f"scores of {rank} axes", softmax, "use 3 or 4 axes")
     values = reader(graph)
     sinks: Operand | None = None
-    scores = _without_row_maximum(first(softmax))
+    scores = without_row_maximum(first(softmax))
     if down.drops_sink:
-        found = _sinks(values, scores)
+        found = read_sinks(values, scores)
         if found is None:
             return Reject("not-scores", "a column is dropped that is no sink", softmax)
         scores, sinks = found
-    product = _product_below(values, scores)
+    product = product_below(values, scores)
     if product is None:
         return _no_product(scores)
-    used = _used_elsewhere(product, softmax)
+    used = used_elsewhere(product, softmax)
     if used is not None:
         text = f"the scores are also used by {op_name(used)}"
         return Reject("scores-used", text, used, "use the scores for nothing but the softmax")
@@ -135,7 +129,7 @@ def hand_written(graph: Graph, softmax: fx.Node) -> AttentionSite | Reject:
 def _site(
     graph: Graph,
     values: MaskValues,
-    down: _Down,
+    down: Down,
     scores: fx.Node,
     product: fx.Node,
     sinks: Operand | None,
@@ -159,10 +153,16 @@ def _site(
             return Reject("folded-heads", text, product, "use [batch, heads, sequence, width]")
     is_flat = len(shape_of(product)) == 3 and not is_folded
     q, q_scale = unscaled(graph, operands[0])
-    k, k_scale = unscaled(graph, operands[1])
-    k, inner_scale = unscaled(graph, unrepeated(k))
+    whole_k, k_scale = unscaled(graph, operands[1])
+    whole_v = _unwidened(graph, operands[2])
+    k, inner_scale = unscaled(graph, unrepeated(whole_k))
+    v = _unwidened(graph, unrepeated(whole_v))
+    if not is_flat and k.shape[1] != v.shape[1]:
+        k, v, inner_scale = whole_k, whole_v, 1.0
     scale *= q_scale * k_scale * inner_scale
-    v = _unwidened(graph, unrepeated(_unwidened(graph, operands[2])))
+    unfit = unfitting(q, k, v, scores, down.last)
+    if unfit is not None:
+        return unfit
     dtypes = {dtype_of(operand.node) for operand in (q, k, v)} | {dtype_of(down.last)}
     if len(dtypes) != 1:
         text = f"queries, keys, values and result have dtypes {sorted(map(str, dtypes))}"
@@ -171,6 +171,24 @@ def _site(
         down.last, q, k, v, scale, 0.0, sinks, MaskMeaning(), down.order, is_folded, is_flat
     )
     return _masked(graph, values, site, scores, product)
+
+
+def unfitting(q: Operand, k: Operand, v: Operand, scores: fx.Node, last: fx.Node) -> Reject | None:
+    """Operands that torch broadcasts and the op does not."""
+    if len(q.shape) == 3:
+        if q.shape[0] == k.shape[0] == v.shape[0]:
+            return None
+        return Reject("batch-differs", "queries, keys and values differ in batch", last)
+    text = f"queries {q.shape[:2]}, keys {k.shape[:2]} and values {v.shape[:2]}"
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        return Reject("batch-differs", f"batch of {text}", last, "expand them to one batch")
+    heads = shape_of(scores)[1] if len(shape_of(scores)) == 4 else int(q.shape[1])
+    is_grouped = k.shape[1] == v.shape[1] and str(heads) == q.shape[1]
+    if is_grouped and all(n.isdigit() for n in (q.shape[1], k.shape[1])):
+        is_grouped = int(q.shape[1]) % int(k.shape[1]) == 0
+    if not is_grouped or k.shape[2] != v.shape[2]:
+        return Reject("heads-differ", f"heads or lengths of {text}", last, "repeat the heads alike")
+    return None
 
 
 def _unwidened(graph: Graph, v: Operand) -> Operand:
@@ -186,8 +204,8 @@ def _masked(
     found = _read(graph, values, site, scores, product)
     if isinstance(found, AttentionSite):
         return found
-    peeled = _outer_mask(scores, product)
-    if peeled is not None:
+    peeled = outer_mask(scores, product)
+    if peeled is not None and _may_stay(site, found, peeled[1]):
         inner, mask, is_inverted = peeled
         below = _read(graph, values, site, inner, product)
         if isinstance(below, AttentionSite) and below.meaning.mask is None:
@@ -197,18 +215,30 @@ def _masked(
     return Reject(found.code, found.text, scores)
 
 
+def _may_stay(site: AttentionSite, why: Unproven | Unread, mask: fx.Node) -> bool:
+    """Whether the op means the same by a dense mask."""
+    if why.code == "mask-may-hide-all" and dtype_of(mask) == torch.bool:
+        # A row that sees nothing is a mean in the model and zero in the op.
+        return False
+    return not (site.is_folded and len(shape_of(mask)) == 3 and shape_of(mask)[0] != 1)
+
+
 def _read(
     graph: Graph, values: MaskValues, site: AttentionSite, scores: fx.Node, product: fx.Node
 ) -> AttentionSite | Unproven | Unread:
     sizes = shape_of(scores)
     element = values.element(scores, mask_sizes(sizes))
     atoms = () if element is None else ia.reads(element)
-    atom = next((r for r in atoms if _leads_to(values, r.tensor, product)), None)
+    atom = next((r for r in atoms if leads_to(values, r.tensor, product)), None)
     if element is None or atom is None:
         return Unread("not-scores", "the softmax is not over a product of queries and keys")
-    parts = read_scores(element, atom)
+    if not _is_whole(values, atom, sizes):
+        return Unread("not-scores", "the scores are moved or cut on their way to the softmax")
+    parts = read_scores(read_bits(values, element), atom)
     if isinstance(parts, Unread):
         return parts
+    if site.sinks is not None and parts.bias is not None:
+        return Unread("bias-and-sinks", "a bias that the sinks do not get")
     is_masked = parts.visible != ia.TRUE or parts.bias is not None
     by_head = axis(1) in ia.variables(parts.visible) or parts.bias is not None
     if site.is_folded and len(sizes) == 3 and is_masked and by_head:
@@ -220,175 +250,15 @@ def _read(
     return proven(graph, scaled, parts.visible, parts.bias, sizes, candidate, values)
 
 
-def _down(graph: Graph, softmax: fx.Node) -> _Down | Reject:
-    """Follow the probabilities to their product with the values."""
-    node, drops_sink = softmax, False
-    while True:
-        users = [u for u in node.users if not is_size(u)]
-        if len(users) != 1 or users[0].op == "output":
-            text = "the probabilities have other users, or are returned"
-            return Reject("probabilities-used", text, softmax, "do not return attention weights")
-        (user,) = users
-        if is_call(user, *CASTS, *COPIES, *VIEWS, aten.expand.default):
-            if is_call(user, *VIEWS) and len(shape_of(user)) == 2:
-                return _no_values(user)
-            node = user
-        elif is_call(user, aten.dropout.default):
-            if argument(user, "train") and argument(user, "p"):
-                text = "attention dropout is active"
-                return Reject("dropout-on", text, user, "turn dropout off: model.eval()")
-            node = user
-        elif is_call(user, aten.slice.Tensor) and _drops_last(user):
-            node, drops_sink = user, True
-        elif is_call(user, *PRODUCTS):
-            product = read_product(graph, user, left_is=node)
-            if product is None or product.alpha != 1.0 or is_call(user, aten.baddbmm.default):
-                return _no_values(user)
-            return _Down(user, product.right, product.order, drops_sink)
-        else:
-            return _no_values(user)
-
-
-def _no_values(user: fx.Node) -> Reject:
-    text = f"expected a product with the values after the softmax, found {op_name(user)}"
-    return Reject("no-value-product", text, user)
-
-
-def _drops_last(node: fx.Node) -> bool:
-    """x[..., :-1]"""
-    rank = len(shape_of(node))
-    if int(argument(node, "dim")) % rank != rank - 1 or argument(node, "start") not in (0, None):
-        return False
-    whole, kept = size_expr(shape_of(first(node))[-1]), size_expr(shape_of(node)[-1])
-    return ia.add(whole, kept, -1) == ia.integer(1)
-
-
-def _without_row_maximum(node: fx.Node) -> fx.Node:
-    """x of `x - x.max(-1, keepdim=True)`: the softmax is the same."""
-    while is_call(node, *CASTS):
-        node = first(node)
-    if not is_call(node, aten.sub.Tensor) or argument(node, "alpha") != 1:
-        return node
-    x, peak = node.args[:2]
-    if not isinstance(x, fx.Node) or not isinstance(peak, fx.Node):
-        return node
-    if is_call(peak, operator.getitem) and peak.args[1] == 0:
-        peak = first(peak)
-    if not is_call(peak, aten.amax.default, aten.max.dim) or first(peak) is not x:
-        return node
-    dims = argument(peak, "dim")
-    rank = len(shape_of(x))
-    is_last = [d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])] == [
-        rank - 1
-    ]
-    return x if is_last and argument(peak, "keepdim") else node
-
-
-def _sinks(values: MaskValues, node: fx.Node) -> tuple[fx.Node, Operand] | None:
-    """(scores, sinks) of `cat([scores, sinks of each head], -1)`."""
-    if not is_call(node, aten.cat.default) or len(argument(node, "tensors")) != 2:
-        return None
-    rank = len(shape_of(node))
-    scores, sinks = argument(node, "tensors")
-    if int(argument(node, "dim")) % rank != rank - 1 or shape_of(sinks)[-1] != 1:
-        return None
-    element = values.of(sinks).element
-    if not isinstance(element, ia.Read):
-        return None
-    varying = [index for index in element.indices if ia.variables(index)]
-    base = next((n for n in values.graph.nodes if n.name == element.tensor), None)
-    if base is None or varying != [axis(rank - 3)]:
-        return None
-    operand = Operand(base)
-    return scores, operand if len(element.indices) == 1 else operand.then(
-        aten.reshape.default, [-1]
-    )
-
-
-def _leads_to(values: MaskValues, name: str, product: fx.Node) -> bool:
-    node = next((n for n in values.graph.nodes if n.name == name), None)
-    while node is not None and node is not product:
-        node = first(node) if is_call(node, *VIEWS, *COPIES, *CASTS) else None
-    return node is product
-
-
-def _product_below(values: MaskValues, scores: fx.Node) -> fx.Node | None:
-    """The product that the scores are made of."""
-    element = values.of(scores).element
-    by_name = {n.name: n for n in values.graph.nodes}
-    for read in sorted(ia.reads(element), key=repr):
-        node = by_name.get(read.tensor)
-        while node is not None and is_call(node, *VIEWS, *COPIES, *CASTS):
-            node = first(node)
-        if node is not None and is_call(node, *PRODUCTS):
-            return node
-    return None
+def _is_whole(values: MaskValues, atom: ia.Read, sizes: Sizes) -> bool:
+    """The product is read at the softmax's own indices."""
+    node = next(n for n in values.graph.nodes if n.name == atom.tensor)
+    own, wanted = values.of(node).sizes, mask_sizes(sizes)[4 - len(atom.indices) :]
+    one, shift = ia.integer(1), 4 - len(atom.indices)
+    at = tuple(ia.integer(0) if size == one else axis(i + shift) for i, size in enumerate(own))
+    return own == wanted and atom.indices == at
 
 
 def _no_product(scores: fx.Node) -> Reject:
     text = f"{op_name(scores)} under the softmax leads to no product of queries and keys"
     return Reject("not-scores", text, scores)
-
-
-def _used_elsewhere(product: fx.Node, softmax: fx.Node) -> fx.Node | None:
-    """A user of the scores that does not lead to the softmax alone."""
-    path: set[fx.Node] = set()
-    stack = [first(softmax)]
-    above = set()
-    forward = [product]
-    while forward:
-        node = forward.pop()
-        if node not in above and node is not softmax:
-            above.add(node)
-            forward.extend(node.users)
-    while stack:
-        node = stack.pop()
-        if node in above and node not in path:
-            path.add(node)
-            stack.extend(node.all_input_nodes)
-    for node in path:
-        for user in node.users:
-            if (
-                user not in path
-                and user is not softmax
-                and (is_tensor(user) or user.op == "output")
-            ):
-                return user
-    return None
-
-
-def _outer_mask(scores: fx.Node, product: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
-    """(inner scores, mask, hides where true) of the outermost masking op."""
-    node = scores
-    while is_call(node, *CASTS):
-        node = first(node)
-    if is_call(node, aten.add.Tensor) and argument(node, "alpha") == 1:
-        a, b = node.args[:2]
-        for inner, mask in ((a, b), (b, a)):
-            if is_tensor(inner) and is_tensor(mask):
-                assert isinstance(inner, fx.Node)
-                assert isinstance(mask, fx.Node)
-                if _depends(inner, product) and not _depends(mask, product):
-                    return inner, mask, False
-    if is_call(node, aten.masked_fill.Scalar) and argument(node, "value") <= HIDDEN:
-        mask = node.args[1]
-        assert isinstance(mask, fx.Node)
-        return first(node), mask, True
-    if is_call(node, aten.where.ScalarOther) and argument(node, "other") <= HIDDEN:
-        inner = node.args[1]
-        assert isinstance(inner, fx.Node)
-        return inner, first(node), False
-    return None
-
-
-def _depends(node: fx.Node, product: fx.Node) -> bool:
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current is product:
-            return True
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    return False

@@ -28,8 +28,15 @@ from graphopt.ir.graph import Graph, argument, is_call, shape_of
 from graphopt.ops import attention
 from graphopt.passes.base import Pass, Reject, Stage, Tier
 from graphopt.passes.fuse.attention_operands import Operand, is_tensor, unfolded, unrepeated
-from graphopt.passes.fuse.attention_site import AttentionSite, hand_written, mask_sizes, proven
+from graphopt.passes.fuse.attention_site import (
+    AttentionSite,
+    hand_written,
+    mask_sizes,
+    proven,
+    unfitting,
+)
 from graphopt.passes.masks import algebra as ia
+from graphopt.passes.masks.bits import read_bits
 from graphopt.passes.masks.grid import Candidate
 from graphopt.passes.masks.meaning import MaskMeaning, reader
 from graphopt.passes.masks.scores import read_additive
@@ -187,6 +194,12 @@ def _sdpa(graph: Graph, node: fx.Node) -> AttentionSite | Reject:
     if is_folded:
         operands = [operand for operand in whole if operand is not None]
     q_BHSD, k_BGTD, v_BGTE = operands[0], *map(unrepeated, operands[1:])
+    if k_BGTD.shape[1] != v_BGTE.shape[1]:
+        k_BGTD, v_BGTE = operands[1:]
+    if not is_flat or is_folded:
+        unfit = unfitting(q_BHSD, k_BGTD, v_BGTE, node, node)
+        if unfit is not None:
+            return unfit
     site = AttentionSite(
         node,
         q_BHSD,
@@ -222,7 +235,9 @@ def _with_mask(
     element = values.element(mask, mask_sizes(sizes))
     if element is None:
         return site.dense(mask, "mask-shape: the mask has more axes than the scores")
-    visible, bias = read_additive(element)
+    visible, bias = read_additive(read_bits(values, element))
+    if site.sinks is not None and bias is not None:
+        return site.dense(mask, "bias-and-sinks: a bias that the sinks do not get")
     candidate = Candidate(mask, None, sizes, site.scale, site.softcap)
     found = proven(graph, site, visible, bias, sizes, candidate, values)
     if isinstance(found, AttentionSite):

@@ -168,7 +168,9 @@ def _part_of_complex(builder: GraphBuilder, last: fx.Node, table: fx.Node, is_si
         angle = table.args[1]
         assert isinstance(angle, fx.Node)
         return emit_once(builder, last, aten.sin.default if is_sin else aten.cos.default, angle)
-    pair = emit_once(builder, last, aten.view_as_real.default, table)
+    # view_as_real takes no lazily conjugated tensor.
+    plain = emit_once(builder, last, aten.resolve_conj.default, table)
+    pair = emit_once(builder, last, aten.view_as_real.default, plain)
     return emit_once(builder, last, aten.select.int, pair, len(shape_of(table)), int(is_sin))
 
 

@@ -47,7 +47,7 @@ def is_activation(node: fx.Node) -> bool:
     if not is_call(node, aten.erf.default, aten.tanh.default):
         return False
     shifted = only_user(node)
-    if shifted is None or not is_call(shifted, *_ADDS):
+    if shifted is None or not is_call(shifted, *_ADDS) or argument(shifted, "alpha") != 1:
         return False
     added = shifted.args[1]
     return isinstance(added, (int, float)) and added == 1

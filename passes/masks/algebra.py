@@ -168,7 +168,8 @@ def smallest(e: Expr, limits: Mapping[Var, Expr]) -> int | None:
 
 def _lowest_atom(atom: Expr, limits: Mapping[Var, Expr]) -> int | None:
     if isinstance(atom, Var):
-        return 1 if atom.size else 0
+        # A computed size (half of another) may be anything.
+        return (1 if atom.name.isidentifier() else None) if atom.size else 0
     if isinstance(atom, Call) and atom.op == "floordiv":
         inner = smallest(atom.args[0], limits)
         divisor = atom.args[1]

@@ -24,7 +24,7 @@ from graphopt.passes.masks.values import (
 
 aten = torch.ops.aten
 
-_FOLD: dict[str, Callable[[float, float], float]] = {
+FOLDED: dict[str, Callable[[float, float], float]] = {
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,
@@ -42,12 +42,13 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
-def _float_leaf(op: str, x: Expr, y: Expr) -> Expr:
+def float_leaf(op: str, x: Expr, y: Expr) -> Expr:
+    """An operation of FOLDED on floats, folded for numbers and neutral elements."""
     if isinstance(x, ia.Num) and isinstance(y, ia.Num):
         if op == "div" and y.value == 0:
             return ia.Call(op, (x, y))
         # 0 * inf is what a float gives, too: nan, which no test below takes for a number.
-        return ia.real(_FOLD[op](float(x.value), float(y.value)))
+        return ia.real(FOLDED[op](float(x.value), float(y.value)))
     zero, one = ia.real(0), ia.real(1)
     if (op in ("add", "sub") and y == zero) or (op in ("mul", "div") and y == one):
         return x
@@ -66,7 +67,7 @@ def _arithmetic(op: str) -> Rule:
             return None
         x, y = pair
         if wanted == "float":
-            return ia.over_leaves(x, lambda a: ia.over_leaves(y, lambda b: _float_leaf(op, a, b)))
+            return ia.over_leaves(x, lambda a: ia.over_leaves(y, lambda b: float_leaf(op, a, b)))
         if wanted == "bool":
             return ia.all_of(x, y) if op == "mul" else None
         return ia.over_leaves(x, lambda a: ia.over_leaves(y, lambda b: _int_leaf(op, a, b)))
@@ -89,7 +90,7 @@ def _reverse_subtract(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]
     pair = operands(values, node, sizes, wanted)
     if pair is None or argument_or(node, "alpha", 1) != 1:
         return None
-    leaf = _float_leaf if wanted == "float" else _int_leaf
+    leaf = float_leaf if wanted == "float" else _int_leaf
     y, x = pair
     return ia.over_leaves(x, lambda a: ia.over_leaves(y, lambda b: leaf("sub", a, b)))
 
@@ -99,7 +100,7 @@ def _negative(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Exp
     if x is None:
         return None
     if kind(dtype_of(node)) == "float":
-        return ia.over_leaves(x, lambda a: _float_leaf("mul", a, ia.real(-1)))
+        return ia.over_leaves(x, lambda a: float_leaf("mul", a, ia.real(-1)))
     return ia.over_leaves(x, lambda a: ia.times(a, -1))
 
 

@@ -72,7 +72,7 @@ def _can_run(graph: Graph, node: fx.Node) -> bool:
         return data is not None and data.device.type != "meta"
     if node.op == "placeholder":
         value = node.meta["val"]
-        return isinstance(value, Tensor) and not value.is_floating_point()
+        return isinstance(value, Tensor)
     return node.op == "call_function"
 
 
@@ -99,6 +99,7 @@ def _agrees_at(
                 if isinstance(length, torch.SymInt):
                     symbols.setdefault(str(length), 2 if position == 0 else size)
     generator = torch.Generator().manual_seed(size)
+    claimed = set(_ancestors(meaning.padding, None) or ()) if meaning.padding else set()
     try:
         shape = _concrete(candidate.like, symbols)
         scores = torch.randn(shape, generator=generator)
@@ -109,7 +110,7 @@ def _agrees_at(
             own = _concrete(candidate.product.meta["val"].shape, symbols)
             values[candidate.product] = scores.view(own).to(candidate.product.meta["val"].dtype)
         for node in nodes:
-            values[node] = _run(graph, node, values, symbols, generator)
+            values[node] = _run(graph, node, values, symbols, generator, claimed)
         last = values[candidate.last]
         padding = [values[node].bool() for node in meaning.padding]
         aux = [values[node] for node in meaning.aux]
@@ -138,6 +139,8 @@ def _agrees_at(
     wanted = torch.softmax(expected.view(four), -1)
     # A row that sees nothing is zero here and anything there.
     rows = (weights > 0).any(-1)
+    if not rows.any():
+        return True
     # Clearly seen by one and hidden by the other; far-off keys of a bias may vanish in either.
     is_same = not bool(
         ((weights > _SEEN) & (wanted == 0) | (weights == 0) & (wanted > _SEEN))[rows].any()
@@ -154,13 +157,18 @@ def _run(
     values: dict[fx.Node, Any],
     symbols: Mapping[str, int],
     generator: torch.Generator,
+    padding: set[fx.Node],
 ) -> Any:
     value = node.meta["val"]
     if node.op == "get_attr":
         return graph.weights[str(node.target)]
     if node.op == "placeholder":
-        bits = torch.randint(0, 2, _concrete(value.shape, symbols), generator=generator)
-        bits[:, :1] = 1
+        shape = _concrete(value.shape, symbols)
+        if value.is_floating_point():
+            return torch.randn(shape, generator=generator).to(value.dtype)
+        highest = 2 if node in padding or value.dtype == torch.bool else 4
+        bits = torch.randint(0, highest, shape, generator=generator)
+        bits[..., :1] = 1
         return bits.to(value.dtype)
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
     assert callable(node.target)

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 
 from graphopt.ir.graph import Graph
@@ -143,7 +144,7 @@ class _Meaning:
                 if isinstance(past, ia.Num) and int(past.value) > 0 and not ahead:
                     ahead = int(past.value) + 1
                     continue
-            if ia.variables(part) <= {b, k} and axis(3) in ia.variables(part):
+            if ia.reads(part) and k in ia.variables(part) and ia.variables(part) <= {b, k}:
                 node = self._node_of(part, "bool", rank=2)
                 if node is not None:
                     padding.append(node)
@@ -197,6 +198,20 @@ class _Meaning:
                 return node
         return None
 
+    def _within(self, read: Read, node: fx.Node) -> bool:
+        """Every index is one of the tensor's, whatever b, h, q and k are."""
+        limits = {
+            axis(i): ia.add(size, ia.integer(-1))
+            for i, size in enumerate(self.sizes)
+            if size != ia.integer(1)
+        }
+        for index, size in zip(read.indices, self.values.of(node).sizes, strict=True):
+            for rest in (index, ia.add(ia.add(size, ia.integer(-1)), index, -1)):
+                low = ia.smallest(rest, limits)
+                if low is None or low < 0:
+                    return False
+        return True
+
     def _text(self, e: Expr) -> str | None:
         """The predicate's text; None when it would read tensors that are not small."""
         order: dict[str, int] = {}
@@ -204,6 +219,8 @@ class _Meaning:
             node = self._node_named.get(read.tensor)
             varying = [i for i in read.indices if ia.variables(i)]
             if node is None or len(varying) > _MOST_INDICES[ia.kind_of(e)]:
+                return None
+            if not self._within(read, node):
                 return None
             if node not in self.aux:
                 self.aux.append(node)
@@ -225,7 +242,7 @@ class _Meaning:
 
 
 def _kind_of(value: Tensor) -> str:
-    return "float" if value.dtype.is_floating_point else "bool" if value.dtype.itemsize == 1 else ""
+    return "float" if value.dtype.is_floating_point else "bool" if value.dtype == torch.bool else ""
 
 
 def _renamed(e: Expr, order: dict[str, int]) -> Expr:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from graphopt.passes.masks import algebra as ia
 from graphopt.passes.masks.algebra import Expr
 
@@ -27,6 +29,8 @@ class UnwrittenError(Exception):
 def text(e: Expr) -> str:
     """The expression. Raises UnwrittenError for operations that the language has not."""
     if isinstance(e, ia.Num):
+        if not math.isfinite(e.value):
+            raise UnwrittenError("a number that is not finite")
         return repr(e.value)
     if isinstance(e, ia.Var):
         return e.name

@@ -70,6 +70,11 @@ def read_additive(element: Expr) -> tuple[Expr, Expr | None]:
     return visible, None if bias is None or isinstance(bias, ia.Num) else bias
 
 
+def shows_nothing(element: Expr) -> bool:
+    """True when every key is hidden."""
+    return _split(element)[0] == ia.FALSE
+
+
 def _is_hidden(e: Expr) -> bool:
     if isinstance(e, ia.Num):
         return e.kind == "float" and float(e.value) <= HIDDEN
@@ -113,8 +118,8 @@ def _affine(e: Expr, product: Read) -> Affine | Unread | None:
         return Affine(inner.scale, bounded=True)
     if e.op in ("mul", "div") and isinstance(others[0], ia.Num):
         factor = float(others[0].value)
-        if e.op == "div" and parts[0] is None:
-            return Unread("not-scores", "a number is divided by the scores")
+        if e.op == "div" and (parts[0] is None or factor == 0.0):
+            return Unread("not-scores", "a division by the scores or by zero")
         return _scaled(inner, factor if e.op == "mul" else 1.0 / factor)
     if e.op in ("add", "sub") and not (e.op == "sub" and parts[0] is None) and not inner.bounded:
         more = others[0]
@@ -149,5 +154,5 @@ def _chosen(e: ia.Call, product: Read) -> Affine | Unread | None:
     if (yes.scale, yes.softcap, yes.bounded) != (no.scale, no.softcap, no.bounded):
         return Unread("not-scores", "scores are scaled differently in different places")
     zero = ia.real(0)
-    bias = ia.choose(condition, yes.bias or zero, no.bias or zero)
+    bias = ia.choose(condition, *(zero if a.bias is None else a.bias for a in (yes, no)))
     return Affine(yes.scale, yes.softcap, bias, yes.bounded)

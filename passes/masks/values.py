@@ -11,6 +11,7 @@ the diagonal, another on the other" are recognised by comparing every element. A
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from graphopt.passes.masks.algebra import Expr, Var
 aten = torch.ops.aten
 # Integers up to here are exact in float32.
 _EXACT = (torch.float32, torch.float64)
+_NARROW = (torch.int8, torch.uint8, torch.int16)
 _LARGEST_BUFFER = 8192
 
 
@@ -171,7 +173,7 @@ def as_kind(values: MaskValues, e: Expr, wanted: str, dtype: torch.dtype) -> Exp
     """The expression converted to bool, int or float."""
     own = ia.kind_of(e)
     if own == wanted:
-        return e
+        return None if _rounds(e, dtype) else e
     if isinstance(e, ia.Call) and e.op == "where":
         condition, *leaves = e.args
         converted = [as_kind(values, leaf, wanted, dtype) for leaf in leaves]
@@ -180,7 +182,8 @@ def as_kind(values: MaskValues, e: Expr, wanted: str, dtype: torch.dtype) -> Exp
         return ia.choose(condition, converted[0], converted[1])
     if isinstance(e, ia.Num):
         cast = {"bool": bool, "int": int, "float": float}[wanted]
-        return ia.number(cast(e.value))
+        is_finite = math.isfinite(float(e.value))
+        return ia.number(cast(e.value)) if is_finite or wanted != "int" else None
     if own == "bool":
         one, zero = (ia.integer(1), ia.integer(0)) if wanted == "int" else (ia.real(1), ia.real(0))
         return ia.choose(e, one, zero)
@@ -188,12 +191,26 @@ def as_kind(values: MaskValues, e: Expr, wanted: str, dtype: torch.dtype) -> Exp
         if own == "int":
             return ia.negate(ia.equal(e, ia.integer(0)))
         return ia.Call("ne", (e, ia.real(0.0)))
-    if wanted == "float" and values.is_bits(e):
-        bit = ia.negate(ia.equal(e, ia.integer(0)))
-        return ia.choose(bit, ia.real(1), ia.real(0))
     if wanted == "float" and dtype in _EXACT:
         return ia.Call("float", (e,))
     return None
+
+
+def _rounds(e: Expr, dtype: torch.dtype) -> bool:
+    """A conversion within one kind that may change values: counted positions in few bits."""
+    if isinstance(e, ia.Num):
+        return False
+    if isinstance(e, ia.Call) and e.op == "where":
+        return any(_rounds(leaf, dtype) for leaf in e.args[1:])
+    if dtype in _NARROW:
+        return True
+    return dtype.is_floating_point and dtype not in _EXACT and _counts(e)
+
+
+def _counts(e: Expr) -> bool:
+    if isinstance(e, ia.Call):
+        return e.op == "float" or any(_counts(a) for a in e.args)
+    return False
 
 
 def operands(

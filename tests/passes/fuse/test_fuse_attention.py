@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -380,6 +381,105 @@ def test_a_square_mask_of_columns_is_no_padding() -> None:
         assert mask is None or mask.meta["val"].shape[-1] != 64
     ids = torch.randint(0, 50, (3, 12))
     assert_close(run(graph, ids), model(ids))
+
+
+def dot(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(2, 3) * 0.3
+
+
+def with_sinks(scores: Tensor) -> Tensor:
+    sinks = torch.tensor([0.1, 0.7, -0.3, 0.2])[None, :, None, None]
+    return torch.cat([scores, sinks.expand(scores.shape[0], -1, scores.shape[2], 1)], -1)
+
+
+def adds(low: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return softmax(q, k, v, lambda s, q: s + torch.where(iota(q)[1] <= iota(q)[0], 0.0, low))
+
+
+def fills(hidden: Callable[[Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return softmax(q, k, v, lambda s, q: s.masked_fill(hidden(*iota(q)), -1e9))
+
+
+def bf16_positions(scores: Tensor, q: Tensor) -> Tensor:
+    p = torch.arange(q.shape[2]).float().to(torch.bfloat16)
+    return scores.masked_fill(p[None] > p[:, None], -1e9)
+
+
+@pytest.mark.parametrize(
+    ("attend", "rejected"),
+    [
+        # Additive constants that do not hide.
+        (partial(adds, -100.0), ""),
+        # Rows that see nothing: a mean in the model, nothing in the op.
+        (partial(fills, lambda i, j: j >= i), "mask-may-hide-all"),
+        (partial(fills, lambda i, j: j + 0 * i < 4), "mask-may-hide-all"),
+        # Scores that are moved.
+        (lambda q, k, v: torch.softmax(dot(k, q).mT, -1) @ v, "not-scores"),
+        # What torch broadcasts and the op does not.
+        (lambda q, k, v: torch.softmax(dot(q[:, :1], k[:, :1]), -1) @ v, "heads-differ"),
+        (lambda q, k, v: torch.softmax(dot(q[:1], k), -1) @ v, "batch-differs"),
+        (lambda q, k, v: torch.softmax(dot(q, k[:, :2].repeat_interleave(2, 1)), -1) @ v, ""),
+        # Sinks do not get a constant that every score gets.
+        (
+            lambda q, k, v: torch.softmax(with_sinks(dot(q, k) + 3.0), -1)[..., :-1] @ v,
+            "bias-and-sinks",
+        ),
+        (lambda q, k, v: torch.softmax(with_sinks(dot(q, k)), -1)[..., :-1] @ v, ""),
+        # Probabilities that an einsum sums in another way.
+        (
+            lambda q, k, v: torch.einsum("hst,bhtd->bhsd", torch.softmax(dot(q, k)[0], -1), v),
+            "no-value-product",
+        ),
+    ],
+)
+def test_what_looks_like_attention(attend: Callable[..., Tensor], rejected: str) -> None:
+    graph, report = fuse(attend)
+    codes = [r.code for r in report.rejections("fuse_attention")]
+    assert codes == ([rejected] if rejected else [])
+    assert len(graph.calls(attention.SPEC.overload)) == (0 if rejected else 1)
+
+
+def test_positions_in_few_bits_are_not_positions() -> None:
+    model = Attention(lambda q, k, v: softmax(q, k, v, bf16_positions)).eval()
+    graph = capture(model, ids_of(9))
+    apply(graph, *CLEANUP, "fuse_attention", "dead_code")
+    for node in graph.calls(attention.SPEC.overload):
+        assert not argument(node, "causal")
+    ids = ids_of(300)
+    assert_close(run(graph, ids), model(ids))
+
+
+@pytest.mark.parametrize("kind", ["equal", "order", "inverted", "weighted"])
+def test_numbers_of_documents_are_not_padding_bits(kind: str) -> None:
+    class Numbered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Attention(lambda q, _k, _v: q)
+
+        def forward(self, input_ids: Tensor, numbers: Tensor) -> Tensor:
+            q = self.inner(input_ids)[:, None]
+            own, other = numbers.float()[:, None, :, None], numbers.float()[:, None, None, :]
+            scores = dot(q, q)
+            if kind == "equal":
+                scores = scores.masked_fill(own != other, -1e9)
+            elif kind == "order":
+                scores = scores.masked_fill(own < other, -1e9)
+            elif kind == "inverted":
+                scores = scores + (1.0 - other.clamp(max=1.0)) * -1e9
+            else:
+                scores = scores + (1.0 - other) * -0.5
+            return torch.softmax(scores, -1) @ q
+
+    def some(batch: int, length: int) -> tuple[Tensor, Tensor]:
+        numbers = torch.randint(0, 3, (batch, length))
+        numbers[:, 0] = 1
+        return torch.randint(0, 50, (batch, length)), numbers
+
+    model = Numbered().eval()
+    graph = capture(model, some(2, 9))
+    apply(graph, *CLEANUP, "fuse_attention", "dead_code")
+    inputs = some(3, 12)
+    assert_close(run(graph, *inputs), model(*inputs))
 
 
 class FromData(nn.Module):

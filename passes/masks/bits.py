@@ -1,0 +1,47 @@
+"""Padding masks as numbers: `(1 - m) * low` and its like, for a mask m of zeros and ones.
+
+The value of an input is not known, so `(1 - m) * low + S` is no tree of conditions. When one of the
+two values that m may have hides everything, the expression is read as a condition on m.
+"""
+
+from __future__ import annotations
+
+from graphopt.passes.masks import algebra as ia
+from graphopt.passes.masks.algebra import Expr, Read
+from graphopt.passes.masks.arithmetic import FOLDED, float_leaf
+from graphopt.passes.masks.scores import shows_nothing
+from graphopt.passes.masks.values import MaskValues, axis
+
+
+def with_value(e: Expr, read: Read, value: int) -> Expr:
+    """The expression with an integer element known."""
+    if e == read:
+        return ia.integer(value)
+    if isinstance(e, (ia.Num, ia.Var, Read)):
+        return e
+    if isinstance(e, ia.Sum):
+        total: Expr = ia.integer(e.constant)
+        for atom, coefficient in e.terms:
+            total = ia.add(total, with_value(atom, read, value), coefficient)
+        return total
+    args = tuple(with_value(a, read, value) for a in e.args)
+    if e.op in FOLDED:
+        return ia.over_leaves(
+            args[0], lambda x: ia.over_leaves(args[1], lambda y: float_leaf(e.op, x, y))
+        )
+    if e.op == "float" and isinstance(args[0], ia.Num):
+        return ia.real(float(args[0].value))
+    return ia.rebuild(e.op, args)
+
+
+def read_bits(values: MaskValues, element: Expr) -> Expr:
+    """The scores with padding bits, read at (batch, key) alone, as conditions."""
+    for read in sorted(ia.reads(element), key=repr):
+        at = ia.variables(read)
+        if not values.is_bits(read) or axis(3) not in at or not at <= {axis(0), axis(3)}:
+            continue
+        one, zero = (with_value(element, read, value) for value in (1, 0))
+        if shows_nothing(one) or shows_nothing(zero):
+            is_set = ia.negate(ia.equal(read, ia.integer(0)))
+            element = ia.choose(is_set, one, zero)
+    return element
