@@ -127,7 +127,6 @@ def graph_from_exported(
             "val": node.meta.get("val"),
             "layer": layer_of(node),
             "source": source_of(node),
-            "history": frozenset([node.name]),
         }
         mapping[node] = made
     graph = Graph(
@@ -138,7 +137,18 @@ def graph_from_exported(
         symbols=dict(symbol_names or {}),
     )
     remove_dead(graph)
+    _number(graph)
     return graph
+
+
+def _number(graph: Graph) -> None:
+    """Every value of a captured graph comes from itself: later ones name these."""
+    for node in graph.nodes:
+        name = f"@{node.target}" if node.op == "get_attr" else f"%{node.target}"
+        if node.op == "call_function":
+            node.meta["number"] = graph.take_number()
+            name = f"%{node.meta['number']}"
+        node.meta["history"] = frozenset([name])
 
 
 def _flat_outputs(node: fx.Node, mapping: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:

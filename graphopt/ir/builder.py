@@ -76,7 +76,7 @@ class GraphBuilder:
         kwargs = kwargs or {}
         value = self.infer(target, tuple(args), kwargs)
         node = self.graph.fx_graph.call_function(target, tuple(args), kwargs)
-        node.meta["val"] = value
+        node.meta.update(val=value, number=self.graph.take_number())
         self._describe(node, like)
         return node
 
@@ -103,13 +103,13 @@ class GraphBuilder:
     def input(self, name: str, value: Any) -> fx.Node:
         """A placeholder with fake value `value`."""
         node = self.graph.fx_graph.placeholder(name)
-        node.meta.update(val=value, layer="", source="", history=frozenset([name]))
+        node.meta.update(val=value, layer="", source="", history=frozenset([f"%{name}"]))
         return node
 
     def _describe(self, node: fx.Node, like: Sequence[fx.Node]) -> None:
         history: set[str] = {self.site} if self.site else set()
         for origin in like:
-            history |= origin.meta.get("history") or {origin.name}
+            history |= origin.meta.get("history", frozenset())
         node.meta["history"] = frozenset(history)
         node.meta["source"] = next((n.meta["source"] for n in like if n.meta.get("source")), "")
         layers = [n.meta["layer"].split(".") for n in like if n.meta.get("layer")]
@@ -118,7 +118,11 @@ class GraphBuilder:
 
 
 def replace(graph: Graph, old: fx.Node, new: fx.Node) -> None:
-    """Let every user of `old` read `new`, then remove `old`. Same shape and dtype are required."""
+    """Let every user of `old` read `new`, then remove `old`. Same shape and dtype are required.
+
+    A node that nobody reads yet takes over the number of `old`: it is the same value, and the lines
+    of its readers stay as they are.
+    """
     before, after = old.meta["val"], new.meta["val"]
     if isinstance(before, Tensor):
         same = len(before.shape) == len(after.shape) and before.dtype == after.dtype
@@ -127,6 +131,8 @@ def replace(graph: Graph, old: fx.Node, new: fx.Node) -> None:
                 f"{op_name(new)} {after.dtype} rank {len(after.shape)} cannot replace "
                 f"{op_name(old)} {before.dtype} rank {len(before.shape)}"
             )
+    if not new.users and new.op == old.op == "call_function":
+        new.meta["number"] = old.meta["number"]
     old.replace_all_uses_with(new)
     graph.fx_graph.erase_node(old)
 

@@ -4,7 +4,10 @@ Every node carries in `node.meta`
     val      FakeTensor / SymInt: shape and dtype, symbolic axes included
     layer    module path in the model ("model.layers.0.self_attn"), "" where there is none
     source   "file.py:123", the line of the model that made it, "" where there is none
-    history  frozenset of names: the captured nodes it comes from and the rule sites that made it
+    history  frozenset of names: the captured nodes it comes from ("%12", "@norm.weight") and the
+             rule sites that made it ("fuse_norm#3")
+    number   calls only: given when the node is made and never used again in this graph or a copy
+             of it, so that a value has one name ("%12") in the text after every pass
 
 Weights are `get_attr` nodes whose target is the dotted parameter name; their data live in
 `Graph.weights` and may be on the meta device when a low-bit weight stands for them
@@ -58,6 +61,8 @@ class Graph:
     """Shape inference already done, by op and operand types; shared by copies."""
     records: tuple[PassRecord, ...] = field(default=(), repr=False)
     """What passes did to this graph, in order; copies keep it, the textual form does not."""
+    next_number: int = 0
+    """`number` of the next call."""
     limits: dict[str, int] = field(default_factory=dict)
     """Name of a symbolic size ("sequence") -> the largest value that capture found the model to
     take. Copies keep it, the textual form does not."""
@@ -108,8 +113,14 @@ class Graph:
             self.dialect,
             self.inferred,
             self.records,
+            self.next_number,
             dict(self.limits),
         )
+
+    def take_number(self) -> int:
+        """A number that no call has, or had."""
+        self.next_number += 1
+        return self.next_number - 1
 
     def prune_weights(self) -> None:
         """Forget the weights that no node reads any more."""

@@ -56,10 +56,12 @@ _TOKEN = re.compile(
     r"|(?P<number>-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)|(?P<word>[A-Za-z_][\w.]*)|(?P<mark>[][(),=]))"
 )
 _INPUT = re.compile(r"input %(?P<name>\w+) : (?P<type>.+) (?P<kind>user|cache)")
-_WEIGHT = re.compile(r"weight @(?P<name>[\w.]+) : (?P<type>.+)")
+_WEIGHT = re.compile(
+    r"weight @(?P<name>[\w.]+)(?:\{(?P<first>\d+)-(?P<last>\d+)\}(?P<tail>[\w.]*))? : (?P<type>.+)"
+)
 _CALL = re.compile(
     r"(?:(?P<number>%\d+) : (?P<type>.+?)|_) = (?P<op>[\w.]+)\((?P<args>.*)\)"
-    r"(?:  # (?P<layer>[^|]*) \| (?P<source>[^|]*) \| (?P<history>.*))?"
+    r"(?:  # (?P<layer>[^|]*?)(?: \| (?P<source>[^|]*?)(?: \| (?P<history>.*))?)?)?"
 )
 _TYPE = re.compile(r"(?P<dtype>\w+)\[(?P<sizes>.*)\]")
 _GRAPH = re.compile(r"graph (?P<name>\"(?:[^\"\\]|\\.)*\") (?P<dialect>captured|serving)")
@@ -84,7 +86,7 @@ class _Parser:
         handlers: list[tuple[re.Pattern[str], Callable[[re.Match[str]], None]]] = [
             (_CALL, self._call),
             (_INPUT, self._input),
-            (_WEIGHT, self._weight),
+            (_WEIGHT, self._weights),
             (_GRAPH, self._header),
         ]
         is_done = False
@@ -111,6 +113,7 @@ class _Parser:
         if not is_done:
             raise self.fail("the text ends before 'return'")
         self.graph.symbols = self.fake.names
+        self._number_the_nameless()
         self._check_types()
         return self.graph
 
@@ -125,17 +128,27 @@ class _Parser:
         spec = InputSpec(match["name"], cast(InputKind, match["kind"]))
         self.graph.inputs = (*self.graph.inputs, spec)
 
-    def _weight(self, match: re.Match[str]) -> None:
-        name = match["name"]
+    def _weights(self, match: re.Match[str]) -> None:
+        if match["first"] is None:
+            return self._weight(match["name"], match["type"])
+        first, last = int(match["first"]), int(match["last"])
+        if not first < last < first + 100_000:
+            raise self.fail(f"{first}-{last} is no range")
+        for number in range(first, last + 1):
+            self._weight(f"{match['name']}{number}{match['tail']}", match["type"])
+
+    def _weight(self, name: str, kind: str) -> None:
         if name not in self.weights:
             raise self.fail(f"weight {name!r} is not in the weights file")
         data = self.weights[name]
-        dtype, sizes = self._tensor_type(match["type"])
+        dtype, sizes = self._tensor_type(kind)
         if data.dtype != dtype or list(data.shape) != sizes:
             raise self.fail(
-                f"weight {name!r} is {data.dtype} {list(data.shape)}, the text says {match['type']}"
+                f"weight {name!r} is {data.dtype} {list(data.shape)}, the text says {kind}"
             )
-        self.nodes[f"@{name}"] = self.builder.weight(name, data, like=[])
+        node = self.builder.weight(name, data, like=[])
+        node.meta["history"] = frozenset([f"@{name}"])
+        self.nodes[f"@{name}"] = node
 
     def _call(self, match: re.Match[str]) -> None:
         target = self._target(match["op"])
@@ -146,7 +159,7 @@ class _Parser:
             raise self.fail(f"{match['op']} does not type-check: {error}") from error
         node.meta["layer"] = (match["layer"] or "").strip()
         node.meta["source"] = (match["source"] or "").strip()
-        history = (match["history"] or "").split(", ")
+        history = (match["history"] or match["number"] or "").split(", ")
         node.meta["history"] = frozenset(part for part in history if part)
         if match["number"] is None:
             if node.meta["val"] is not None:
@@ -154,6 +167,7 @@ class _Parser:
             return
         if match["number"] in self.nodes:
             raise self.fail(f"{match['number']} is defined twice")
+        node.meta["number"] = int(match["number"].removeprefix("%"))
         self.nodes[match["number"]] = node
         self.types.append((self.line, node, match["type"]))
 
@@ -161,6 +175,14 @@ class _Parser:
         outputs = tuple(self._node(name.strip()) for name in text.split(","))
         output = self.graph.fx_graph.output(outputs)
         output.meta["val"] = None
+
+    def _number_the_nameless(self) -> None:
+        """Calls without a result have no number in the text."""
+        used = {node.meta["number"] for _, node, _ in self.types}
+        self.graph.next_number = max(used, default=-1) + 1
+        for node in self.graph.nodes:
+            if node.op == "call_function" and node.meta["val"] is None:
+                node.meta["number"] = self.graph.take_number()
 
     def _check_types(self) -> None:
         printer = Printer(self.graph)
@@ -269,10 +291,13 @@ def parse_graph(
     return _Parser(weights, packed or {}).run(text)
 
 
-def first_difference(left: Graph, right: Graph) -> str | None:
+def first_difference(left: Graph, right: Graph, *, canonical: bool = False) -> str | None:
     """None when both graphs have the same structure (inputs, weights by name, calls, arguments,
-    types, provenance, outputs), else the first line that differs, from both."""
-    texts = [Printer(graph).text().splitlines() for graph in (left, right)]
+    types, provenance, outputs), else the first line that differs, from both.
+
+    canonical: compare what `canonical_text` prints: numbers, source lines and history may differ.
+    """
+    texts = [Printer(graph, canonical).text().splitlines() for graph in (left, right)]
     for number, (a, b) in enumerate(zip(*texts, strict=False), start=1):
         if a != b:
             return f"line {number}: {a!r} != {b!r}"

@@ -4,19 +4,27 @@
     graph "tiny" captured
     input %input_ids : i64[batch, sequence] user
     weight @embed.weight : f32[100, 64]
-    %0 : size[sequence] = aten.sym_size.int(%input_ids, 1)  # | model.py:3 | sym_size_int
+    %0 : size[sequence] = aten.sym_size.int(%input_ids, 1)  #  | model.py:3
     %1 : f32[batch, sequence, 64] = aten.embedding(@embed.weight, %input_ids)  # embed | ...
     return %1
 
-Nodes are numbered in order, inputs and weights keep their names, attributes print as the op's
-schema names them. The comment is `layer | source | history`. Nothing depends on FX node names or
-on the torch version. `parser.py` reads it back.
+A value keeps its number through all passes (a removed value takes its line with it, and no other
+line changes), inputs and weights keep their names. The comment is `layer | source | history`;
+history names the captured values that this one comes from, as 00_capture.gir numbers them, and the
+rewrites that made it; it is left out where it is the value itself. Weights that differ only in the
+number of their layer share a line (`@layers.{0-29}.norm.weight`). Nothing depends on FX node names
+or on the torch version. `parser.py` reads it back.
+
+The canonical form numbers the values in order and has only the layer in its comments: equal for
+graphs of equal structure, wherever they come from.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -28,13 +36,15 @@ from graphopt.ir.graph import Graph, op_name
 from graphopt.ir.shapes import DTYPE_NAMES
 
 VERSION = 1
+NUMBERED = re.compile(r"(.*?(?<![^.]))(0|[1-9]\d*)((?:\..*)?)")
 
 
 class Printer:
     """Prints one graph: knows the number of each node and the name of each symbolic size."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, canonical: bool = False) -> None:
         self.graph = graph
+        self.canonical = canonical
         self._numbers: dict[fx.Node, str] = {}
         self._symbols = {sympy.Symbol(s, integer=True): n for s, n in graph.symbols.items()}
         self._names = {str(symbol): name for symbol, name in self._symbols.items()}
@@ -56,21 +66,26 @@ class Printer:
                 weights[str(node.target)] = node
                 self._numbers[node] = f"@{node.target}"
             elif node.op == "call_function":
-                self._numbers[node] = f"%{count}"
-                body.append(self._line(node, f"%{count}"))
+                self._numbers[node] = f"%{count if self.canonical else node.meta['number']}"
+                body.append(self._line(node))
                 count += 1
-        for name in sorted(weights):
-            lines.append(f"weight @{name} : {self.type(weights[name].meta['val'])}")
+        types = {name: self.type(weights[name].meta["val"]) for name in sorted(weights)}
+        lines += [f"weight @{name} : {kind}" for name, kind in _alike(types)]
         outputs = ", ".join(self._numbers[n] for n in graph.output_nodes)
         return "\n".join([*lines, *body, f"return {outputs}", ""])
 
-    def _line(self, node: fx.Node, number: str) -> str:
+    def _line(self, node: fx.Node) -> str:
         arguments = [self.value(a) for a in node.args]
         arguments += [f"{key}={self.value(node.kwargs[key])}" for key in sorted(node.kwargs)]
         call = f"{op_name(node)}({', '.join(arguments)})"
-        left = "_" if node.meta["val"] is None else f"{number} : {self.type(node.meta['val'])}"
-        history = ", ".join(sorted(node.meta["history"]))
-        return f"{left} = {call}  # {node.meta['layer']} | {node.meta['source']} | {history}"
+        value, layer = node.meta["val"], node.meta["layer"]
+        left = "_" if value is None else f"{self._numbers[node]} : {self.type(value)}"
+        if self.canonical:
+            return f"{left} = {call}  # {layer}" if layer else f"{left} = {call}"
+        line = f"{left} = {call}  # {layer} | {node.meta['source']}"
+        if value is not None and node.meta["history"] == {self._numbers[node]}:
+            return line
+        return f"{line} | {', '.join(sorted(node.meta['history'], key=_by_number))}"
 
     def type(self, value: Any) -> str:
         """`f32[batch, 64]`, `size[sequence]`, `(f32[2], i64[2])`."""
@@ -126,6 +141,35 @@ class Printer:
         raise VerifyError(f"an argument of type {type(value).__name__} has no textual form")
 
 
+def _alike(types: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Names and types; names with one type that differ only in their first number are one name:
+    `a.{0-2}.b`, where no number is missing."""
+    families: dict[tuple[str, str, str], list[int]] = {}
+    for name, kind in types.items():
+        match = NUMBERED.fullmatch(name)
+        head, number, tail = match.groups() if match else (name, "-1", "")
+        families.setdefault((head, tail, kind), []).append(int(number))
+    lines = []
+    for (head, tail, kind), numbers in families.items():
+        first, last = min(numbers), max(numbers)
+        if len(numbers) > 1 and last - first + 1 == len(numbers):
+            lines.append((f"{head}{{{first}-{last}}}{tail}", kind))
+        else:
+            lines += [(head if n < 0 else f"{head}{n}{tail}", kind) for n in sorted(numbers)]
+    return lines
+
+
+def _by_number(name: str) -> tuple[bool, int, str]:
+    """Captured values before rewrites, each in order."""
+    stem, _, number = name.rpartition("#" if "#" in name else "%")
+    return "#" in name, int(number) if number.isdecimal() else -1, stem or name
+
+
 def print_graph(graph: Graph) -> str:
     """`graph` as text; see the module docstring."""
     return Printer(graph).text()
+
+
+def canonical_text(graph: Graph) -> str:
+    """`graph` in the canonical form: what golden files hold."""
+    return Printer(graph, canonical=True).text()

@@ -1,7 +1,8 @@
 """The verifier: what must be true of every graph, checked after every pass.
 
 1. SSA: every operand is defined before it is read, and belongs to this graph.
-2. Every value node has `val`, and `layer`, `source`, `history` are present.
+2. Every value node has `val`, and `layer`, `source`, `history` are present; no two calls have the
+   same `number`.
 3. Shapes and dtypes of new nodes are what the op says for its operands.
 4. No dead nodes.
 5. Placeholders are exactly the declared inputs; weights exist with the shape the node has.
@@ -34,6 +35,7 @@ def verify(graph: Graph, after: str = "", trusted: Collection[fx.Node] = ()) -> 
     """
     blame = f"after {after}: " if after else ""
     seen: set[fx.Node] = set()
+    numbers: set[int] = set()
     builder = GraphBuilder(graph)
     placeholders: list[str] = []
     for node in graph.nodes:
@@ -53,6 +55,10 @@ def verify(graph: Graph, after: str = "", trusted: Collection[fx.Node] = ()) -> 
         elif node.op == "get_attr":
             _check_weight(graph, node, blame)
         elif node.op == "call_function":
+            number = node.meta.get("number")
+            if number is None or number in numbers:
+                raise VerifyError(f"{blame}{where(node)} has no number of its own ({number})")
+            numbers.add(number)
             _check_call(graph, node, blame)
             if node not in trusted:
                 _check_inferred(builder, node, blame)

@@ -151,6 +151,7 @@ class _Rebuild:
             graph.weights,
             graph.packed,
             dialect="serving",
+            next_number=graph.next_number,
         )
         self.builder = GraphBuilder(self.graph, self.fake.mode)
         self.builder.site = site
@@ -193,6 +194,7 @@ class _Rebuild:
         self.old.gm = self.graph.gm
         self.old.inputs = (*(InputSpec(name) for name, _ in STEP_INPUTS), *self.caches)
         self.old.symbols = self.fake.names
+        self.old.next_number = self.graph.next_number
         self.old.dialect = "serving"
 
     def _is_kept(self, node: fx.Node) -> bool:

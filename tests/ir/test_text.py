@@ -13,7 +13,7 @@ from graphopt.capture import capture
 from graphopt.errors import ProgramFormatError
 from graphopt.ir.graph import Graph
 from graphopt.ir.parser import first_difference, parse_graph
-from graphopt.ir.printer import print_graph
+from graphopt.ir.printer import canonical_text, print_graph
 
 
 def stages() -> dict[str, Graph]:
@@ -58,6 +58,42 @@ def test_printing_is_stable_and_free_of_fx_names(graphs: dict[str, Graph]) -> No
     assert "f32[batch, sequence, 64]" in text
 
 
+def test_a_value_keeps_its_number_through_passes(graphs: dict[str, Graph]) -> None:
+    def lines(graph: Graph) -> dict[str, str]:
+        text = print_graph(graph).splitlines()
+        return {line.partition(" ")[0]: line for line in text if line.startswith("%")}
+
+    before, after = lines(graphs["captured"]), lines(graphs["fused"])
+    norms = [n for n in after if "graphopt.rms_norm" in after[n]]
+    assert len(norms) == 5
+    for norm in norms:
+        # The fused op stands for the last of the ops it replaces, under its name.
+        assert "aten.mul" in before[norm]
+    linears = [n for n in after if "aten.linear" in after[n]]
+    assert linears
+    for number in linears:
+        assert after[number].split("@")[1] == before[number].split("@")[1]
+    assert not set(after) & set(lines(graphs["serving"]))
+
+
+def test_the_canonical_text_forgets_where_a_graph_comes_from(graphs: dict[str, Graph]) -> None:
+    graph = graphs["fused"]
+    text = canonical_text(graph)
+    assert "%0 : " in text
+    assert "modeling_llama" not in text
+    assert "# model.layers.1.mlp" in text
+    again = parse_graph(text, graph.weights)
+    assert canonical_text(again) == text
+    assert first_difference(graph, again) is not None
+    assert first_difference(graph, again, canonical=True) is None
+
+
+def test_weights_of_identical_layers_share_a_line(graphs: dict[str, Graph]) -> None:
+    text = print_graph(graphs["fused"])
+    assert "weight @model.layers.{0-1}.self_attn.q_proj.weight : f32[64, 64]" in text
+    assert "weight @model.layers.0" not in text
+
+
 def test_a_difference_is_found(graphs: dict[str, Graph]) -> None:
     graph = graphs["fused"]
     other = graph.copy()
@@ -83,7 +119,9 @@ BAD = [
     (r"return (%\d+)\n", "return \\1\nextra\n", "after return"),
     (r"input %input_ids : i64\[batch, sequence\]", "input %input_ids : i64[batch*2, 3]", "size"),
     (r"graphopt\.swiglu\((%\d+), (%\d+)\)", "graphopt.swiglu(\\1)", "type-check"),
-    (r"%5 : ", "%4 : ", "twice"),
+    (r"\n%(\d+) : (.*\n)%\d+ : ", "\n%\\1 : \\2%\\1 : ", "twice"),
+    (r"layers\.\{0-1\}\.self_attn", "layers.{0-2}.self_attn", "not in the weights"),
+    (r"layers\.\{0-1\}\.self_attn", "layers.{1-0}.self_attn", "no range"),
 ]
 
 

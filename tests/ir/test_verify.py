@@ -54,7 +54,13 @@ def dead(graph: Graph) -> None:
     node = first(graph, aten.silu.default)
     with graph.fx_graph.inserting_after(node):
         new = graph.fx_graph.call_function(aten.neg.default, (node,))
-    new.meta = dict(node.meta)
+    new.meta = {**node.meta, "number": graph.take_number()}
+
+
+def same_number(graph: Graph) -> None:
+    first(graph, aten.silu.default).meta["number"] = first(graph, aten.linear.default).meta[
+        "number"
+    ]
 
 
 def use_before_definition(graph: Graph) -> None:
@@ -95,6 +101,7 @@ def method_call(graph: Graph) -> None:
         (wrong_dtype, "its operands give"),
         (ill_typed, "does not type-check"),
         (dead, "is dead"),
+        (same_number, "no number of its own"),
         (use_before_definition, "before it is defined"),
         (foreign_op, "not an op of the IR"),
         (undeclared_input, "declared are"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from graphopt.capture import capture
 from graphopt.ir.graph import Graph
-from graphopt.ir.printer import print_graph
+from graphopt.ir.printer import canonical_text
 
 WIDTH = 16
 GOLDEN = Path(__file__).parent / "golden"
@@ -72,7 +71,7 @@ def fuse(
 
 def assert_golden(graph: Graph, name: str) -> None:
     """The graph, without the comments that name lines of test files, is `golden/<name>.gir`."""
-    text = re.sub(r"  # .*", "", print_graph(graph))
+    text = canonical_text(graph)
     file = GOLDEN / f"{name}.gir"
     expected = file.read_text() if file.exists() else ""
     assert text == expected, f"if this is meant, it is the new text of {file.name}:\n{text}"
