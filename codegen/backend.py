@@ -7,6 +7,7 @@ with the paged KV cache held in an opaque `Cache` that the executable makes and 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -31,6 +32,18 @@ class ForwardExecutable(Protocol):
         """Run it; inputs in the order of `graph.inputs`."""
 
 
+@dataclass(frozen=True, slots=True)
+class KernelCall:
+    """What runs a value of the graph.
+
+    value: "%12". kernel: of the backend, or the op that torch runs. is_native: False for torch.
+    """
+
+    value: str
+    kernel: str
+    is_native: bool
+
+
 class ServingExecutable(Protocol):
     """A lowered serving graph."""
 
@@ -45,6 +58,10 @@ class ServingExecutable(Protocol):
     @property
     def cache_bytes_per_token(self) -> int:
         """Bytes of keys and values of one token, all layers together."""
+
+    @property
+    def kernel_calls(self) -> tuple[KernelCall, ...]:
+        """What runs, in order; views that cost nothing are not among them."""
 
     def original_weights(self) -> dict[str, Tensor]:
         """The weights that lowering took out of the graph, in their original form."""

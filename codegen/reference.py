@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from graphopt.codegen.backend import Cache, check_weights
+from graphopt.codegen.backend import Cache, KernelCall, check_weights
 from graphopt.errors import BackendError, CapacityError
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Graph, op_name
 from graphopt.passes.cache.insert_kv_cache import STEP_INPUTS
 
 KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -129,6 +129,10 @@ class ReferenceServing:
         self.module = runnable(graph)
         self.vocab_size = vocabulary(graph)
         self.cache_bytes_per_token = cache_bytes_per_token(graph, kv_dtype)
+        calls = (node for node in graph.nodes if node.op == "call_function")
+        self.kernel_calls = tuple(
+            KernelCall(f"%{node.meta['number']}", op_name(node), False) for node in calls
+        )
 
     def original_weights(self) -> dict[str, Tensor]:
         """None: the weights stay in the graph."""

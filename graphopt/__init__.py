@@ -17,6 +17,7 @@ from graphopt.capture import ModelSource, capture
 if TYPE_CHECKING:
     from graphopt.bisection import Bisection, bisect
     from graphopt.compiler import compile
+    from graphopt.dump import Dump
     from graphopt.explainer import explain
     from graphopt.explanation import Explanation
     from graphopt.ir.graph import Graph
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Bisection": "graphopt.bisection",
+    "Dump": "graphopt.dump",
     "Explanation": "graphopt.explanation",
     "Graph": "graphopt.ir.graph",
     "Program": "graphopt.program",
@@ -40,6 +42,7 @@ _HOME = {
 
 __all__ = [
     "Bisection",
+    "Dump",
     "Explanation",
     "Graph",
     "ModelSource",

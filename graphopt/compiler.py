@@ -7,13 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from graphopt.capture import ModelSource, capture
 from graphopt.capture.capture import Dynamic, Example
 from graphopt.codegen.cpu.backend import select
 from graphopt.config import Config
+from graphopt.dump import Dump, DumpWriter, as_dump
+from graphopt.edit import Edit, EditAfter
 from graphopt.errors import UnsupportedError
 from graphopt.expectations import check_counts, check_names
 from graphopt.inputs import input_types, longest_sequence
@@ -23,17 +25,18 @@ from graphopt.numerics import NumericsCheck
 from graphopt.options import (
     SERVING_PASS,
     check_choices,
+    check_edits,
     check_limits,
     check_source,
     check_threads,
     names_in,
     pass_names,
 )
-from graphopt.passes.instruments import DumpInstrument
 from graphopt.passes.manager import Instrument, PassManager
 from graphopt.passes.registry import find
 from graphopt.program import Program, ProgramOptions
 from graphopt.report import Rejection, Report, grouped
+from graphopt.trace import TraceRecorder
 
 Serving = Literal["auto", "required", "off"]
 Activations = Literal["float", "int8"]
@@ -54,8 +57,10 @@ def compile(
     limits: Mapping[str, int] | None = None,
     expect: Mapping[str, int] | None = None,
     instruments: Sequence[Instrument] = (),
-    dump: str | Path | None = None,
+    dump: str | Path | Dump | None = None,
     check: Literal["numerics"] | None = None,
+    check_inputs: Sequence[Tensor] | None = None,
+    edit: Mapping[str, Edit] | None = None,
     threads: int | None = None,
 ) -> Program:
     """Compile a model.
@@ -74,18 +79,24 @@ def compile(
     disable, limits: exact pass names to leave out; highest number of rewrites of a pass.
     expect: {"fuse_norm": 61} or {"graphopt.rms_norm": 61}: raises ExpectationError when a pass
         applied, or the graph holds, another number.
-    dump: folder that receives the graph text after each pass that changed something.
-    check: "numerics": run the graph before and after every pass on random inputs, and raise
-        NumericsError when a pass changes more than its tier allows; `program.report.numerics` has
-        the figures. Default: GRAPHOPT_CHECK.
+    dump: folder for the graph text after each pass that changed something, what it changed, and a
+        summary; a `graphopt.Dump` leaves parts out. Default: GRAPHOPT_DUMP. `Program.dump` writes
+        the same later.
+    check: "numerics": run the graph before and after every pass, and raise NumericsError when a
+        pass changes more than its tier allows; `program.report.numerics` has the figures. Default:
+        GRAPHOPT_CHECK. check_inputs: recorded inputs to run on; random ones by default.
+    edit: pass name -> function that gets the graph text after the pass and returns the text to go
+        on with; see `graphopt.edit.Edit`.
     threads: of the cpu backend; default: as many as torch uses.
     """
     if check not in (None, "numerics"):
         raise UnsupportedError(f"check={check!r} is not supported; supported: 'numerics', None")
+    if check_inputs is not None and check is None:
+        raise UnsupportedError("check_inputs has no effect without check='numerics'")
     check_choices(backend, activations, kv_dtype, serving)
     check_threads(backend, threads)
     check_source(model, example, dynamic)
-    report = Report()
+    report, config = Report(), Config.from_environment()
     names = pass_names(passes, enable, disable, activations, serving)
     disabled = names_in("disable", disable)
     running = [
@@ -96,17 +107,22 @@ def compile(
     chosen_limits = check_limits(limits, running)
     expected = {} if expect is None else expect
     check_names(expected, running)
-    watchers = [*instruments, *([] if dump is None else [DumpInstrument(Path(dump))])]
-    if check == "numerics" or Config.from_environment().check:
-        watchers.append(NumericsCheck(report))
+    edits = check_edits(edit, running)
     forward_names = [name for name in names if find(name).stage != "cache"]
     serving_names = [name for name in running if find(name).stage == "cache"]
-    pipeline = PassManager(
-        forward_names,
-        disable=disabled,
-        limits=_of(chosen_limits, forward_names),
-        instruments=watchers,
+    forward = PassManager(forward_names, disable=disabled, limits=_of(chosen_limits, forward_names))
+    dumped = as_dump(config.dump if dump is None else dump, running)
+    writer = None if dumped is None else DumpWriter(dumped)
+    recorder = TraceRecorder(
+        report, is_checked=config.reread, listener=None if writer is None else writer.step
     )
+    watchers: list[Instrument] = [recorder, *instruments]
+    if check == "numerics" or config.check:
+        watchers.append(NumericsCheck(report, check_inputs))
+    if edits:
+        watchers.append(EditAfter(edits, report, recorder))
+    forward.instruments = tuple(watchers)
+
     start = time.perf_counter()
     source = load(model) if isinstance(model, str) else model
     report.seconds["load"] = time.perf_counter() - start
@@ -116,24 +132,27 @@ def compile(
         source.copy() if isinstance(source, Graph) else capture(source, example, dynamic=dynamic)
     )
     report.seconds["capture"] = time.perf_counter() - start
-    for watcher in watchers:
-        if isinstance(watcher, DumpInstrument):
-            watcher.captured(graph)
 
     start = time.perf_counter()
-    pipeline.run(graph, report)
     serving_graph, refusal = None, None
-    if serving_names:
-        serving_graph = graph.copy()
-        PassManager(
-            serving_names, limits=_of(chosen_limits, serving_names), instruments=watchers
-        ).run(serving_graph, report)
-        if serving_graph.dialect != "serving":
-            serving_graph = None
-            refusals = report.rejections("insert_kv_cache")
-            refusal = refusals[-1] if refusals else None
-    else:
+    try:
+        recorder.captured(graph)
+        forward.run(graph, report)
+        if serving_names:
+            serving_graph = graph.copy()
+            PassManager(
+                serving_names, limits=_of(chosen_limits, serving_names), instruments=watchers
+            ).run(serving_graph, report)
+    except Exception as error:
+        if writer is not None:
+            writer.failed(serving_graph or graph, report, recorder.trace, recorder.running, error)
+        raise
+    if serving_graph is None:
         refusal = _not_asked(serving)
+    elif serving_graph.dialect != "serving":
+        serving_graph = None
+        refusals = report.rejections("insert_kv_cache")
+        refusal = refusals[-1] if refusals else None
     report.seconds["passes"] = time.perf_counter() - start
     check_counts(expected, graph, serving_graph, report)
     if activations == "int8" and not report.sites("quantize_activations"):
@@ -153,9 +172,18 @@ def compile(
         # Nobody else holds the loaded module: let its weights go as they are packed.
         del source, described
     program = Program(
-        graph, serving_graph, refusal, options, select(backend, report, threads), report, tokenizer
+        graph,
+        serving_graph,
+        refusal,
+        options,
+        select(backend, report, threads),
+        report,
+        tokenizer,
+        recorder.trace,
     )
     report.seconds["lower"] = time.perf_counter() - start
+    if writer is not None:
+        writer.finish(options.name, report, recorder.trace, program.kernel_calls)
     if serving == "required":
         _ = program.executable
     return program

@@ -5,6 +5,8 @@
 | cache   | GRAPHOPT_CACHE   | ~/.cache/graphopt | folder for fetched and converted files    |
 | offline | GRAPHOPT_OFFLINE | 0                 | 1: never touch the network                |
 | check   | GRAPHOPT_CHECK   | 0                 | 1: `compile` checks every pass's numerics |
+| dump    | GRAPHOPT_DUMP    | none              | folder for what `compile` dumps           |
+| reread  | GRAPHOPT_REREAD  | 0                 | 1: every graph text is read back, compared |
 
 Functions take a `Config` and read `Config.from_environment()` only when they were given none, so
 that a program can set everything in code.
@@ -30,6 +32,8 @@ class Config:
     cache: Path
     offline: bool = False
     check: bool = False
+    dump: Path | None = None
+    reread: bool = False
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Config:
@@ -40,6 +44,8 @@ class Config:
             cache=Path(cache).expanduser(),
             offline=_flag(env, "GRAPHOPT_OFFLINE"),
             check=_flag(env, "GRAPHOPT_CHECK"),
+            dump=Path(env["GRAPHOPT_DUMP"]).expanduser() if env.get("GRAPHOPT_DUMP") else None,
+            reread=_flag(env, "GRAPHOPT_REREAD"),
         )
 
 

@@ -19,10 +19,9 @@ from graphopt.explanation import (
     Outcome,
     PassRun,
     Row,
-    layer_range,
-    layer_shape,
 )
 from graphopt.ir.graph import Graph
+from graphopt.layers import layer_range, layer_shape
 from graphopt.passes.base import run_pass
 from graphopt.passes.registry import all_passes, ordered
 from graphopt.program import Program

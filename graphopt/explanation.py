@@ -8,7 +8,6 @@ member of exactly one row.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -17,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 
 Outcome = Literal["applied", "rejected", "limited", "absorbed", "matches"]
-_NUMBER = re.compile(r"(?<!\d)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,28 +233,3 @@ def _counted(ops: Iterable[str]) -> str:
     for op in ops:
         counts[op] = counts.get(op, 0) + 1
     return ", ".join(op if count == 1 else f"{count} {op}" for op, count in counts.items())
-
-
-def layer_shape(layer: str) -> str:
-    """The path with its numbers left open: what identical layers share."""
-    return _NUMBER.sub("#", layer)
-
-
-def layer_range(layers: Iterable[str]) -> str:
-    """Paths of one `layer_shape` in one: `layers.{0-3,7}.mlp`. Each number has its own range."""
-    paths = list(dict.fromkeys(layers))
-    numbers = [tuple(int(n) for n in _NUMBER.findall(path)) for path in paths]
-    ranges = iter([_ranges(set(column)) for column in zip(*numbers, strict=True)])
-    return _NUMBER.sub(lambda _: next(ranges), paths[0])
-
-
-def _ranges(values: set[int]) -> str:
-    if len(values) == 1:
-        return str(*values)
-    spans: list[list[int]] = []
-    for value in sorted(values):
-        if spans and spans[-1][1] == value - 1:
-            spans[-1][1] = value
-        else:
-            spans.append([value, value])
-    return "{" + ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in spans) + "}"

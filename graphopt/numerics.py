@@ -16,6 +16,7 @@ from torch import Tensor
 
 from graphopt.bisection import locate
 from graphopt.errors import BackendError, NumericsError
+from graphopt.inputs import check_inputs, input_types
 from graphopt.ir.graph import Graph
 from graphopt.oracle import outputs_of, random_inputs, relative_error
 from graphopt.passes.base import Pass
@@ -26,7 +27,11 @@ LEAST_TOLERANCE = 1e-5
 
 
 class NumericsCheck:
-    """See the module docstring. inputs: of the captured graph; random ones by default."""
+    """See the module docstring.
+
+    inputs: of the captured graph, in its order; random ones by default. RequestError is raised at
+    the first pass when they do not fit.
+    """
 
     def __init__(self, report: Report, inputs: Sequence[Tensor] | None = None) -> None:
         self.report = report
@@ -40,6 +45,8 @@ class NumericsCheck:
         del pass_
         if self._inputs is None:
             self._inputs = random_inputs(graph)
+        elif self._before is None:
+            check_inputs(input_types(graph), self._inputs)
         self._before = graph.copy()
         try:
             self._expected = outputs_of(graph, self._inputs)

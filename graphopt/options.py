@@ -129,5 +129,18 @@ def check_limits(limits: Mapping[str, int] | None, running: Sequence[str]) -> di
     return dict(limits or {})
 
 
+def check_edits(edit: Mapping[str, Any] | None, running: Sequence[str]) -> dict[str, Any]:
+    """The edits as a dict. Raises PassError for an edit that would not be made."""
+    if not isinstance(edit or {}, Mapping):
+        raise PassError(f"edit={edit!r} must be a dict: edit={{'fuse_norm': function}}")
+    for name, function in (edit or {}).items():
+        find(name)
+        if name not in running:
+            raise PassError(f"edit names {name!r}, which is not in this run")
+        if not callable(function):
+            raise PassError(f"edit={{{name!r}: {function!r}}}: a function (text, error) -> text")
+    return dict(edit or {})
+
+
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

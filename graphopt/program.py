@@ -11,12 +11,17 @@ import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from graphopt.codegen.backend import Backend, ForwardExecutable, ServingExecutable
+from graphopt.codegen.backend import (
+    Backend,
+    ForwardExecutable,
+    KernelCall,
+    ServingExecutable,
+)
 from graphopt.errors import RequestError, RowDependenceError, did_you_mean
 from graphopt.inputs import check_inputs, input_types
 from graphopt.ir.graph import Graph
@@ -24,6 +29,10 @@ from graphopt.oracle import whole_prompt_logits
 from graphopt.report import Rejection, Report
 from graphopt.runtime import Completion, Engine, SamplingParams, TokenEvent
 from graphopt.runtime.request import sampling_params
+from graphopt.trace import Trace
+
+if TYPE_CHECKING:
+    from graphopt.dump import Dump
 
 KV_DTYPES = {
     "auto": None,
@@ -51,7 +60,8 @@ class Program:
     """A compiled model.
 
     graph: the optimised forward (ids -> logits). serving: the graph with a paged KV cache, or None
-    with the reason in `refusal`. report: what every pass did.
+    with the reason in `refusal`. report: what every pass did. trace: the graph text as each pass
+    left it, kept by saved programs, too.
     """
 
     def __init__(
@@ -63,9 +73,11 @@ class Program:
         backend: Backend,
         report: Report,
         tokenizer: Any = None,
+        trace: Trace | None = None,
     ) -> None:
         self.graph, self.serving, self.refusal = graph, serving, refusal
         self.options, self.report, self.tokenizer = options, report, tokenizer
+        self.trace = Trace() if trace is None else trace
         self._backend = backend
         self._input_types = input_types(graph)
         self._forward: ForwardExecutable | None = None
@@ -84,6 +96,11 @@ class Program:
         if self._serving is None:
             raise RowDependenceError(self._why_no_serving())
         return self._serving
+
+    @property
+    def kernel_calls(self) -> tuple[KernelCall, ...]:
+        """What runs each value of the serving graph; empty without one."""
+        return () if self._serving is None else self._serving.kernel_calls
 
     def _why_no_serving(self) -> str:
         if self.refusal is None:
@@ -181,6 +198,16 @@ class Program:
         whole.weights = {name: available[name] for name in graph.weights if name in available}
         whole.prune_weights()
         return whole
+
+    def dump(self, to: str | Path | Dump) -> None:
+        """Write what each pass did to a folder, as `compile(dump=...)` does.
+
+        Raises UnsupportedError for a folder with other files of these names, PassError for a filter
+        that names no pass of the compilation, NoRecordError for a program saved without a trace.
+        """
+        from graphopt.dump import dump_program
+
+        dump_program(self, to)
 
     def save(self, folder: str | Path) -> None:
         """Write the program to a new or empty folder; see `graphopt.load_program`."""

@@ -4,6 +4,7 @@
            forward.gir          the optimised forward
            serving.gir          the graph with the KV cache (absent when there is none)
            report.json          what every pass did with every candidate, for `explain`
+           trace/               the graph text as each pass left it, for dumps and the explorer
            weights.safetensors  every weight once, by name
            tokenizer/           as transformers saves it (absent for models without one)
 
@@ -41,8 +42,9 @@ from graphopt.manifest import (
 from graphopt.options import check_threads
 from graphopt.program import Program
 from graphopt.report import Report
+from graphopt.trace import read_trace
 
-REPORT = "report.json"
+REPORT, TRACE = "report.json", "trace"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -115,6 +117,7 @@ def _write(program: Program, weights: dict[str, Tensor], folder: Path) -> None:
     if program.serving is not None:
         (folder / SERVING).write_text(print_graph(program.serving), encoding="utf-8")
     (folder / REPORT).write_text(json.dumps(program.report.to_dict()))
+    program.trace.write(folder / TRACE)
     if program.tokenizer is not None:
         program.tokenizer.save_pretrained(folder / "tokenizer")
     write_manifest(program, folder)
@@ -156,7 +159,8 @@ def load_program(
     lowering = time.perf_counter()
     chosen = select(options.backend, report, threads)
     del weights
-    program = Program(graph, serving, manifest.refusal, options, chosen, report, tokenizer)
+    trace = read_trace(path / TRACE)
+    program = Program(graph, serving, manifest.refusal, options, chosen, report, tokenizer, trace)
     report.seconds["lower"] = time.perf_counter() - lowering
     return program
 

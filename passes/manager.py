@@ -1,7 +1,8 @@
 """Runs passes in order. It knows no pass by name; everything around a pass is an instrument.
 
-Instruments see `before(pass, graph)` and `after(pass, graph, record)` and may raise; built-in ones
-are in `instruments.py`. `run_pass` leaves no dead nodes; after it the graph is verified.
+Instruments see `before(pass, graph)` and `after(pass, graph, record)` and may raise; those of
+`compile` are `TraceRecorder`, `NumericsCheck` and `EditAfter`. `run_pass` leaves no dead nodes;
+after it the graph is verified.
 """
 
 from __future__ import annotations

@@ -23,11 +23,12 @@ from torch import Tensor, fx, nn
 
 import graphopt
 from graphopt.errors import NoRecordError, PassError, ProgramFormatError, UnsupportedError
-from graphopt.explanation import Explanation, PassRun, layer_range, layer_shape
+from graphopt.explanation import Explanation, PassRun
 from graphopt.ir.builder import GraphBuilder, replace
 from graphopt.ir.graph import Graph
 from graphopt.ir.parser import parse_graph
 from graphopt.ir.printer import print_graph
+from graphopt.layers import layer_range, layer_shape
 from graphopt.passes import registry
 from graphopt.passes.base import Pass, Reject, Stage, run_pass
 from graphopt.passes.manager import PassManager

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.codegen.backend import Cache
+from graphopt.codegen.backend import Cache, KernelCall
 from graphopt.codegen.cpu import rules_compute, rules_shape
 from graphopt.codegen.cpu.abi import Instr, NativeLibrary, Op, Sym
 from graphopt.codegen.cpu.dtypes import NATIVE_DTYPES
@@ -87,6 +87,11 @@ class CpuServing:
                 weight = self.matrices[name_of[instr.operands[2].base].partition(":")[2]]
                 instr.attrs_i[0] = weight.kind
                 instr.attrs_i[4] = weight.offset
+
+    @property
+    def kernel_calls(self) -> tuple[KernelCall, ...]:
+        """What runs, in order."""
+        return self.plan.kernel_calls
 
     def original_weights(self) -> dict[str, Tensor]:
         """The weights that lowering took over, in their original form, bit for bit."""

@@ -19,7 +19,7 @@ from graphopt.codegen.cpu.dtypes import FLOATS
 from graphopt.codegen.cpu.plan import HostStep, NativeStep, Plan, PlanBuilder
 from graphopt.codegen.cpu.views import Extent, View, row_major
 from graphopt.errors import BackendError
-from graphopt.ir.graph import Graph, where
+from graphopt.ir.graph import Graph, op_name, where
 from graphopt.ops.registry import is_impure
 
 SYMBOLS = {
@@ -78,12 +78,14 @@ class Lowering:
         value = node.meta["val"]
         if not isinstance(value, (Tensor, list, tuple)) and not is_impure(node.target):
             return
+        self.plan.value = f"%{node.meta['number']}"
         apply = self._rules.get(node.target)
         if apply is None or not apply(self, node):
             self._host(node)
 
     def _result(self, node: fx.Node) -> None:
         view = self.view(node)
+        self.plan.value = "return"
         out = View(self.plan.external(LOGITS), view.dtype, view.extents, row_major(view.extents))
         self.copy(view, out)
 
@@ -149,6 +151,7 @@ class Lowering:
             tuple(attrs_i),
             tuple(attrs_f),
             writes,
+            self.plan.value,
         )
         self.plan.steps.append(step)
 
@@ -253,7 +256,8 @@ def host_step(lowering: Lowering, node: fx.Node) -> None:
         result = target(*fx.node.map_arg(args, value), **fx.node.map_arg(kwargs, value))
         tensor(out).copy_(result)
 
-    step = HostStep(run, (out, *views.values()), where(node))
+    views_used = (out, *views.values())
+    step = HostStep(run, views_used, where(node), op_name(node), lowering.plan.value)
     lowering.plan.steps.append(step)
 
 

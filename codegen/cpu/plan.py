@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from graphopt.codegen.backend import KernelCall
 from graphopt.codegen.cpu.abi import Dim, DType, Instr, Op, Operand, Sym
 from graphopt.codegen.cpu.dtypes import NATIVE_DTYPES
 from graphopt.codegen.cpu.views import Extent, View
@@ -39,7 +40,10 @@ class External:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NativeStep:
-    """One kernel call, operands still as views. The first `writes` operands are written."""
+    """One kernel call, operands still as views. The first `writes` operands are written.
+
+    value: of the graph, "%12", that it is a part of.
+    """
 
     op: Op
     operands: tuple[View | None, ...]
@@ -48,6 +52,7 @@ class NativeStep:
     attrs_i: tuple[int, ...] = ()
     attrs_f: tuple[float, ...] = ()
     writes: int = 1
+    value: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +62,8 @@ class HostStep:
     run: Callable[[Callable[[View | Extent], Any]], None]
     operands: tuple[View, ...]
     text: str
+    op: str
+    value: str
     writes: int = 1
 
 
@@ -85,6 +92,7 @@ class Plan:
     arena_fixed: int
     arena_per_token: int
     barriers: int
+    kernel_calls: tuple[KernelCall, ...]
 
     @property
     def host_steps(self) -> list[str]:
@@ -98,6 +106,8 @@ class PlanBuilder:
 
     steps: list[Step] = field(default_factory=list)
     buffers: list[Temporary | External] = field(default_factory=list)
+    value: str = ""
+    """The value of the graph that is being lowered."""
 
     def temporary(self, extents: Sequence[Extent], itemsize: int) -> int:
         """A new arena buffer large enough for dense `extents`; returns its number."""
@@ -151,7 +161,8 @@ class PlanBuilder:
             hazards.add(read, written)
             pending.append(_instr(step, wait, places))
         flush()
-        return Plan(tuple(segments), places, externals, fixed, per_token, barriers)
+        calls = tuple(_call(step) for step in self.steps)
+        return Plan(tuple(segments), places, externals, fixed, per_token, barriers, calls)
 
     def _place(self) -> tuple[dict[int, tuple[int, int, int]], int, int]:
         first: dict[int, int] = {}
@@ -174,6 +185,12 @@ class PlanBuilder:
         for number, (kind, offset) in raw.items():
             places[number] = (ARENA, fixed, offset) if kind else (ARENA, offset, 0)
         return places, fixed, per_token
+
+
+def _call(step: Step) -> KernelCall:
+    if isinstance(step, HostStep):
+        return KernelCall(step.value, step.op, False)
+    return KernelCall(step.value, step.op.name.removeprefix("OP_").lower(), True)
 
 
 class _FirstFit:

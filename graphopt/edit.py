@@ -1,0 +1,77 @@
+"""Editing the graph by hand between two passes.
+
+The text of the graph after a pass is handed to a function; what it returns is parsed, verified and
+compiled on. In the report and the trace an edit is a step of its own, called "edit".
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from graphopt.errors import ProgramFormatError, VerifyError
+from graphopt.ir.graph import Graph
+from graphopt.ir.parser import parse_graph
+from graphopt.ir.printer import print_graph
+from graphopt.ir.verify import verify
+from graphopt.passes.base import Pass
+from graphopt.report import PassRecord, Report
+from graphopt.trace import TraceRecorder
+
+Edit = Callable[[str, str], str]
+"""(text, error) -> text. Called again with its own text and the error while that cannot be read;
+it may raise to give up. Text that was not changed is no edit."""
+
+NAME = "edit"
+
+
+class EditAfter:
+    """Instrument. edits: pass name -> what edits the graph after it."""
+
+    def __init__(self, edits: Mapping[str, Edit], report: Report, recorder: TraceRecorder) -> None:
+        self._edits, self._report, self._recorder = edits, report, recorder
+
+    def before(self, pass_: Pass[Any], graph: Graph) -> None:
+        """Nothing."""
+
+    def after(self, pass_: Pass[Any], graph: Graph, record: PassRecord) -> None:
+        """Hand out the text, take back the graph. Raises what the function raises."""
+        if pass_.name not in self._edits:
+            return
+        original = print_graph(graph)
+        text, error = original, ""
+        while True:
+            edited = self._edits[pass_.name](text, error)
+            if edited == original:
+                return
+            if error and edited == text:
+                # Nothing was mended: asking again would ask forever.
+                raise ProgramFormatError(f"the edit after {pass_.name}: {error}")
+            start = time.perf_counter()
+            try:
+                parsed = parse_graph(edited, graph.weights, graph.packed)
+                verify(parsed, after=NAME)
+                self._check_form(graph, parsed)
+                break
+            except (ProgramFormatError, VerifyError) as raised:
+                text, error = edited, str(raised)
+        self._take(graph, parsed, record.stage, time.perf_counter() - start)
+
+    def _check_form(self, graph: Graph, parsed: Graph) -> None:
+        if parsed.inputs != graph.inputs or parsed.dialect != graph.dialect:
+            raise VerifyError("an edit cannot change the inputs of the graph or its dialect")
+
+    def _take(self, graph: Graph, parsed: Graph, stage: str, seconds: float) -> None:
+        before, nodes = graph.op_counts(), graph.num_calls()
+        graph.gm, graph.symbols = parsed.gm, parsed.symbols
+        graph.next_number = max(graph.next_number, parsed.next_number)
+        graph.prune_weights()
+        delta = graph.op_counts()
+        delta.subtract(before)
+        changed = Counter({op: count for op, count in delta.items() if count})
+        record = PassRecord(NAME, stage, seconds * 1e3, 0.0, (), nodes, graph.num_calls(), changed)
+        self._report.passes.append(record)
+        graph.records += (record,)
+        self._recorder.record(NAME, graph)

@@ -1,0 +1,44 @@
+"""Module paths of identical layers as one: `model.layers.{0-29}.self_attn`.
+
+Two layers are identical as far as their names tell when their paths differ in numbers only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_NUMBER = re.compile(r"(?<!\d)\d+(?=\.|$)")
+_BLOCK = re.compile(r".*?\d+(?=\.|$)")
+
+
+def layer_shape(layer: str) -> str:
+    """The path with its numbers left open: what identical layers share."""
+    return _NUMBER.sub("#", layer)
+
+
+def layer_block(layer: str) -> str:
+    """The path up to its first number, `model.layers.7` of `model.layers.7.mlp`; all of a path
+    without one."""
+    match = _BLOCK.match(layer)
+    return match[0] if match else layer
+
+
+def layer_range(layers: Iterable[str]) -> str:
+    """Paths of one `layer_shape` in one: `layers.{0-3,7}.mlp`. Each number has its own range."""
+    paths = list(dict.fromkeys(layers))
+    numbers = [tuple(int(n) for n in _NUMBER.findall(path)) for path in paths]
+    ranges = iter([_ranges(set(column)) for column in zip(*numbers, strict=True)])
+    return _NUMBER.sub(lambda _: next(ranges), paths[0])
+
+
+def _ranges(values: set[int]) -> str:
+    if len(values) == 1:
+        return str(*values)
+    spans: list[list[int]] = []
+    for value in sorted(values):
+        if spans and spans[-1][1] == value - 1:
+            spans[-1][1] = value
+        else:
+            spans.append([value, value])
+    return "{" + ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in spans) + "}"
