@@ -1,11 +1,16 @@
-"""Makes the shared test helpers importable whatever folder pytest starts in; skips the longest."""
+"""Makes the shared test helpers importable whatever folder pytest starts in; skips the longest.
 
+Every graph text that any test's compilation records is read back and compared (GRAPHOPT_REREAD).
+"""
+
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
+os.environ["GRAPHOPT_REREAD"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

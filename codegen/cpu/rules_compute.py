@@ -178,7 +178,7 @@ def linear(lowering: Lowering, node: fx.Node) -> bool:
 
 def linear_low_bit(lowering: Lowering, node: fx.Node) -> bool:
     """A packed linear layer."""
-    mode = 1 if node.kwargs["activation"] == "int8" else 0
+    mode = 1 if argument(node, "activation") == "int8" else 0
     weight, bias = argument(node, "codes_NKp"), argument(node, "bias_N")
     return _linear(lowering, node, argument(node, "x"), weight, bias, mode)
 

@@ -60,7 +60,7 @@ _WEIGHT = re.compile(
     r"weight @(?P<name>[\w.]+)(?:\{(?P<first>\d+)-(?P<last>\d+)\}(?P<tail>[\w.]*))? : (?P<type>.+)"
 )
 _CALL = re.compile(
-    r"(?:(?P<number>%\d+) : (?P<type>.+?)|_) = (?P<op>[\w.]+)\((?P<args>.*)\)"
+    r"(?P<number>%\d+) : (?P<type>.+?) = (?P<op>[\w.]+)\((?P<args>.*)\)"
     r"(?:  # (?P<layer>[^|]*?)(?: \| (?P<source>[^|]*?)(?: \| (?P<history>.*))?)?)?"
 )
 _TYPE = re.compile(r"(?P<dtype>\w+)\[(?P<sizes>.*)\]")
@@ -113,7 +113,8 @@ class _Parser:
         if not is_done:
             raise self.fail("the text ends before 'return'")
         self.graph.symbols = self.fake.names
-        self._number_the_nameless()
+        used = [node.meta["number"] for _, node, _ in self.types]
+        self.graph.next_number = max(used, default=-1) + 1
         self._check_types()
         return self.graph
 
@@ -159,12 +160,8 @@ class _Parser:
             raise self.fail(f"{match['op']} does not type-check: {error}") from error
         node.meta["layer"] = (match["layer"] or "").strip()
         node.meta["source"] = (match["source"] or "").strip()
-        history = (match["history"] or match["number"] or "").split(", ")
+        history = (match["history"] or match["number"]).split(", ")
         node.meta["history"] = frozenset(part for part in history if part)
-        if match["number"] is None:
-            if node.meta["val"] is not None:
-                raise self.fail(f"{match['op']} has a result")
-            return
         if match["number"] in self.nodes:
             raise self.fail(f"{match['number']} is defined twice")
         node.meta["number"] = int(match["number"].removeprefix("%"))
@@ -175,14 +172,6 @@ class _Parser:
         outputs = tuple(self._node(name.strip()) for name in text.split(","))
         output = self.graph.fx_graph.output(outputs)
         output.meta["val"] = None
-
-    def _number_the_nameless(self) -> None:
-        """Calls without a result have no number in the text."""
-        used = {node.meta["number"] for _, node, _ in self.types}
-        self.graph.next_number = max(used, default=-1) + 1
-        for node in self.graph.nodes:
-            if node.op == "call_function" and node.meta["val"] is None:
-                node.meta["number"] = self.graph.take_number()
 
     def _check_types(self) -> None:
         printer = Printer(self.graph)

@@ -76,19 +76,21 @@ class Printer:
 
     def _line(self, node: fx.Node) -> str:
         arguments = [self.value(a) for a in node.args]
-        arguments += [f"{key}={self.value(node.kwargs[key])}" for key in sorted(node.kwargs)]
+        arguments += [f"{key}={self.value(value)}" for key, value in _told(node)]
         call = f"{op_name(node)}({', '.join(arguments)})"
-        value, layer = node.meta["val"], node.meta["layer"]
-        left = "_" if value is None else f"{self._numbers[node]} : {self.type(value)}"
+        layer = node.meta["layer"]
+        left = f"{self._numbers[node]} : {self.type(node.meta['val'])}"
         if self.canonical:
             return f"{left} = {call}  # {layer}" if layer else f"{left} = {call}"
         line = f"{left} = {call}  # {layer} | {node.meta['source']}"
-        if value is not None and node.meta["history"] == {self._numbers[node]}:
+        if node.meta["history"] == {self._numbers[node]}:
             return line
         return f"{line} | {', '.join(sorted(node.meta['history'], key=_by_number))}"
 
     def type(self, value: Any) -> str:
-        """`f32[batch, 64]`, `size[sequence]`, `(f32[2], i64[2])`."""
+        """`f32[batch, 64]`, `size[sequence]`, `(f32[2], i64[2])`, `none` of a call that writes."""
+        if value is None:
+            return "none"
         if isinstance(value, Tensor):
             sizes = ", ".join(self.size(s) for s in value.shape)
             return f"{DTYPE_NAMES[value.dtype]}[{sizes}]"
@@ -139,6 +141,21 @@ class Printer:
         if isinstance(value, torch.memory_format):
             return f"memory_format.{str(value).removeprefix('torch.')}"
         raise VerifyError(f"an argument of type {type(value).__name__} has no textual form")
+
+
+def _told(node: fx.Node) -> list[tuple[str, Any]]:
+    """Keyword arguments by name, those that the op assumes anyway left out."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return sorted(node.kwargs.items())
+    assumed = {a.name: a.default_value for a in node.target._schema.arguments if a.kwarg_only}
+    return [
+        (key, value)
+        for key, value in sorted(node.kwargs.items())
+        if key not in assumed
+        or type(value) is not type(assumed[key])
+        or isinstance(value, fx.Node)
+        or value != assumed[key]
+    ]
 
 
 def _alike(types: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -42,7 +42,7 @@ class QuantizeActivations(Pass[FloatLinear]):
     def match(self, graph: Graph) -> Iterable[fx.Node]:
         """Low-bit linears in float."""
         calls = graph.calls(linear_wq.SPEC.overload)
-        return [node for node in calls if node.kwargs["activation"] == "float"]
+        return [node for node in calls if argument(node, "activation") == "float"]
 
     def check(self, graph: Graph, node: fx.Node) -> FloatLinear | Reject:
         """The group of 32 must divide the columns."""

@@ -111,7 +111,7 @@ BAD = [
     (r"aten\.linear\(", "aten.no_such_op(", "unknown op"),
     (r"sym_size\.int\(%input_ids, 1\)", "sym_size.int(%nothing, 1)", "not defined"),
     (r"eps=1e-06", "eps=oops", "not a value"),
-    (r"eps=1e-06, ", "eps=1e-06 ", "expected ','"),
+    (r"causal=True, ", "causal=True ", "expected ','"),
     (r"f32\[batch, sequence, 96\]", "f32[batch, sequence, 97]", "the operands give"),
     (r"weight @model\.norm\.weight", "weight @model.nrm.weight", "not in the weights"),
     (r"weight @model\.norm\.weight : f32\[64\]", "weight @model.norm.weight : f32[65]", "says"),
