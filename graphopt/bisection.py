@@ -8,9 +8,8 @@ captured one did.
 
 from __future__ import annotations
 
-import difflib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,11 @@ from torch.export import ExportedProgram
 from graphopt.capture import ModelSource, capture
 from graphopt.capture.capture import Dynamic, Example
 from graphopt.errors import GraphoptError, PassError, UnsupportedError
+from graphopt.graph_diff import collapsed_diff
 from graphopt.ir.graph import Graph
 from graphopt.ir.printer import print_graph
 from graphopt.models import load
-from graphopt.options import pass_names
+from graphopt.options import check_limits, names_in, pass_names
 from graphopt.oracle import outputs_of, random_inputs, relative_error
 from graphopt.passes.base import Pass
 from graphopt.passes.manager import PassManager
@@ -47,7 +47,7 @@ class Bisection:
 
     site: where it is; None when the pass fails without any rewrite applied. error: relative error
     of the graph with it, and `error_before` without, None with an oracle of the caller's own.
-    diff: unified diff of the graph text around this one rewrite. failure: text of the exception
+    diff: what this one rewrite changed in the graph text. failure: text of the exception
     when the pass or the graph after it raised. tried: graphs judged.
     """
 
@@ -131,11 +131,12 @@ def bisect(
     passes: Sequence[str] | None = None,
     enable: Sequence[str] = (),
     disable: Sequence[str] = (),
+    limits: Mapping[str, int] | None = None,
     serving: bool = True,
 ) -> Bisection | None:
     """The first rewrite that makes the model wrong, None when there is none.
 
-    model, example, dynamic, passes, enable, disable: as for `graphopt.compile`.
+    model, example, dynamic, passes, enable, disable, limits: as for `graphopt.compile`.
     is_good: judges a graph (captured or serving form) instead of the numeric oracle; an exception
         of it counts as bad.
     inputs: of the captured graph, for the numeric oracle; random ones by default.
@@ -154,17 +155,22 @@ def bisect(
             "bisect runs the captured graph, and its low-bit weights have no data yet; load the "
             "model with weights='dense'"
         )
-    search = _Search(graph, is_good, inputs, tolerance)
     names = pass_names(passes, enable, disable, "float", "auto" if serving else "off")
-    for cls in ordered(name for name in names if name not in set(disable)):
+    left_out = names_in("disable", disable)
+    running = [name for name in names if name not in left_out]
+    chosen = check_limits(limits, running)
+    PassManager(names, disable=left_out)
+    search = _Search(graph, is_good, inputs, tolerance)
+    for cls in ordered(running):
         if cls.stage == "cache" and not serving:
             continue
         after = graph.copy()
-        failure = search.run(cls, after, None)
+        limit = chosen.get(cls.name)
+        failure = search.run(cls, after, limit)
         if not failure and search.good(after):
             graph = after
             continue
-        return search.site(cls, graph, start)
+        return search.site(cls, graph, start, limit)
     return None
 
 
@@ -190,6 +196,7 @@ class _Search:
         self.is_good = is_good
         self.tried = 0
         self.failure = ""
+        self.measured: float | None = None
         self.expected: tuple[Tensor, ...] = ()
         if is_good is None:
             self.expected = outputs_of(graph, self.inputs)
@@ -210,8 +217,8 @@ class _Search:
         try:
             if self.is_good is not None:
                 return bool(self.is_good(graph))
-            error = self.error(graph)
-            return error is not None and error <= self.tolerance
+            self.measured = self.error(graph)
+            return self.measured is not None and self.measured <= self.tolerance
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"
             return False
@@ -230,9 +237,15 @@ class _Search:
         graph = before.copy()
         return bool(self.run(cls, graph, limit)) or not self.good(graph)
 
-    def site(self, cls: type[Pass[Any]], before: Graph, start: float) -> Bisection:
-        """The first bad rewrite of a pass that is known to be bad."""
+    def site(
+        self, cls: type[Pass[Any]], before: Graph, start: float, limit: int | None = None
+    ) -> Bisection:
+        """The first bad rewrite of a pass that is known to be bad.
+
+        limit: highest number of rewrites that it may apply.
+        """
         known_bad = len(list(cls().match(before)))
+        known_bad = known_bad if limit is None else min(known_bad, limit)
         good = 0
         if cls.required or known_bad == 0 or self._bad_with(cls, before, 0):
             return self._found(cls, before, None, None, start)
@@ -258,29 +271,20 @@ class _Search:
         self.failure = ""
         report = Report()
         limits = {} if bad is None else {cls.name: bad}
+        self.measured, is_whole = None, True
         try:
             PassManager([cls.name], limits=limits).run(first_bad, report)
-            is_whole = True
             self.good(first_bad)
         except GraphoptError as raised:
             self.failure, is_whole = f"{type(raised).__name__}: {raised}", False
-        failed = bool(self.failure)
+        error = self.measured
         sites = report.passes[-1].sites if report.passes else ()
-        diff = "\n".join(
-            difflib.unified_diff(
-                print_graph(last_good).splitlines(),
-                print_graph(first_bad).splitlines() if is_whole else [],
-                "before",
-                "after",
-                lineterm="",
-                n=2,
-            )
-        )
+        diff = collapsed_diff(print_graph(last_good), print_graph(first_bad)) if is_whole else ""
         return Bisection(
             cls.name,
             sites[-1] if sites and bad is not None else None,
-            None if failed else self.error(first_bad),
-            None if failed else self.error(last_good),
+            error,
+            None if self.failure else self.error(last_good),
             diff,
             self.failure,
             self.tried,

@@ -1,4 +1,5 @@
-"""The command line: `graphopt demo | generate | compile | inspect | explain | bisect | passes`.
+"""The command line: `graphopt demo | generate | run | compile | dump | inspect | explain | bisect |
+passes`.
 
 Errors that graphopt raises on purpose are printed as one line, exit status 2; anything else is a
 bug and keeps its traceback.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import runpy
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -20,6 +22,21 @@ from rich.table import Table
 from rich.text import Text
 
 import graphopt
+from graphopt.cli_options import (
+    Activations,
+    Backend,
+    Check,
+    Disable,
+    Dtype,
+    Enable,
+    Limit,
+    Model,
+    Weights,
+    edit_with,
+    limits_in,
+    pipeline_options,
+)
+from graphopt.dump import Dump, is_dump, read_dump
 from graphopt.errors import GraphoptError, UnsupportedError
 from graphopt.models import BUILTINS, load
 from graphopt.passes.registry import all_passes, ordered
@@ -36,28 +53,6 @@ app = typer.Typer(
 )
 console = Console()
 
-Model = Annotated[str, typer.Argument(help="model name, folder, .gguf file, or saved program")]
-Weights = Annotated[
-    str | None,
-    typer.Option(
-        help="packed: keep the low-bit weights of a GGUF file (its default); dense: expand them",
-        show_default=False,
-    ),
-]
-Dtype = Annotated[
-    str | None, typer.Option(help="float32 (the default) or bfloat16", show_default=False)
-]
-Activations = Annotated[
-    str | None,
-    typer.Option(help="float (the default), or int8 for faster low-bit layers", show_default=False),
-]
-Backend = Annotated[
-    str | None,
-    typer.Option(
-        help="cpu or reference; default: cpu, or what the program was saved for",
-        show_default=False,
-    ),
-]
 DEMO_MODEL = "smollm2-135m"
 DEMO_PROMPT = "What is a compiler? Answer briefly."
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -70,15 +65,18 @@ def open_program(
     dtype: str | None = None,
     activations: str | None = None,
     backend: str | None = None,
-    dump: Path | None = None,
+    spins: bool = True,
+    **options: Any,
 ) -> Program:
     """Load a saved program, or load and compile a model, with a spinner.
+
+    options: of `graphopt.compile`. spins: False leaves the terminal to somebody else.
 
     Raises UnsupportedError for values that do not exist, and for options that a saved program
     cannot follow any more.
     """
     if is_program(Path(model)):
-        refuse_options(model, weights=weights, dtype=dtype, activations=activations, dump=dump)
+        refuse_options(model, weights=weights, dtype=dtype, activations=activations, **options)
         with console.status(Text(f"loading {model}")):
             return load_program(model, backend=backend)
     if dtype is not None and dtype not in DTYPES:
@@ -87,12 +85,13 @@ def open_program(
     start = time.perf_counter()
     source = load(model, dtype=DTYPES[dtype or "float32"], weights=_kept(model, weights))
     loaded = time.perf_counter() - start
-    with console.status(Text(f"compiling {source.name}")):
+    status = console.status(Text(f"compiling {source.name}")) if spins else nullcontext()
+    with status:
         program = graphopt.compile(
             source,
             backend=backend or "cpu",
             activations=activations or "float",  # type: ignore[arg-type]
-            dump=dump,
+            **options,
         )
     program.report.seconds["load"] = loaded
     return program
@@ -102,8 +101,9 @@ def refuse_options(model: str, **options: object) -> None:
     """Raise UnsupportedError when an option is given that is decided at compile time."""
     for name, value in options.items():
         if value is not None:
+            option = {"limits": "limit", "edit": "edit-after"}.get(name, name)
             raise UnsupportedError(
-                f"--{name} has no effect on {model}, which is compiled already; leave it out, or "
+                f"--{option} has no effect on {model}, which is compiled already; leave it out, or "
                 "give the model that the program was compiled from"
             )
 
@@ -181,24 +181,118 @@ def generate(
     stream(program, program.chat_prompt(prompt) if chat else prompt, params)
 
 
+@app.command()
+def run(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="text to continue, or a question with --chat")],
+    edit_after: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PASS",
+            help="open the graph text after this pass in an editor, verify it, go on with it",
+            show_default=False,
+        ),
+    ] = None,
+    editor: Annotated[
+        str | None,
+        typer.Option(help="command to edit with; default: $VISUAL or $EDITOR", show_default=False),
+    ] = None,
+    chat: Annotated[bool, typer.Option(help="wrap the prompt in the chat template")] = False,
+    max_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 32,
+    disable: Disable = None,
+    enable: Enable = None,
+    limit: Limit = None,
+    check: Check = None,
+    weights: Weights = None,
+    dtype: Dtype = None,
+    activations: Activations = None,
+    backend: Backend = None,
+) -> None:
+    """Compile a model with other passes, or with the graph edited by hand, and generate with it."""
+    if editor is not None and not edit_after:
+        raise UnsupportedError("--editor has no effect without --edit-after")
+    options = pipeline_options(disable, enable, limit, check)
+    if edit_after:
+        options["edit"] = dict.fromkeys(edit_after, edit_with(editor, console))
+    program = open_program(
+        model,
+        weights=weights,
+        dtype=dtype,
+        activations=activations,
+        backend=backend,
+        spins=not edit_after,
+        **options,
+    )
+    params = SamplingParams(max_tokens=max_tokens)
+    stream(program, program.chat_prompt(prompt) if chat else prompt, params)
+
+
 @app.command("compile")
 def compile_(
     model: Model,
     out: Annotated[Path, typer.Argument(help="folder for the program, new or empty")],
-    dump: Annotated[Path | None, typer.Option(help="folder for the graph after each pass")] = None,
+    dump: Annotated[
+        Path | None, typer.Option(help="folder to dump to, too", show_default=False)
+    ] = None,
+    disable: Disable = None,
+    enable: Enable = None,
+    limit: Limit = None,
+    check: Check = None,
     weights: Weights = None,
     dtype: Dtype = None,
     activations: Activations = None,
     backend: Backend = None,
 ) -> None:
     """Compile a model and save the program."""
+    options = pipeline_options(disable, enable, limit, check)
+    if dump is not None:
+        options["dump"] = dump
     program = open_program(
-        model, weights=weights, dtype=dtype, activations=activations, backend=backend, dump=dump
+        model, weights=weights, dtype=dtype, activations=activations, backend=backend, **options
     )
     program.save(out)
     console.print(program.report.table())
     console.print(times_table(program))
     console.print(Text(f"saved to {out}"))
+
+
+@app.command("dump")
+def dump_(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="folder to dump to")],
+    pass_: Annotated[
+        list[str] | None,
+        typer.Option("--pass", help="only this pass; can be repeated", show_default=False),
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(help="only lines of layers like model.layers.0", show_default=False),
+    ] = None,
+    op: Annotated[
+        list[str] | None,
+        typer.Option(help="only lines of ops like 'graphopt.*'", show_default=False),
+    ] = None,
+    disable: Disable = None,
+    enable: Enable = None,
+    limit: Limit = None,
+    check: Check = None,
+    weights: Weights = None,
+    dtype: Dtype = None,
+    activations: Activations = None,
+    backend: Backend = None,
+) -> None:
+    """Write the graph after each pass, what the pass changed, and a summary.
+
+    A saved program shows what happened when it was compiled; a model is compiled.
+    """
+    dump = Dump(out, tuple(pass_ or ()), tuple(layer or ()), tuple(op or ()))
+    options = pipeline_options(disable, enable, limit, check)
+    kinds: dict[str, Any] = {"weights": weights, "dtype": dtype, "activations": activations}
+    if is_program(Path(model)):
+        open_program(model, backend=backend, **kinds, **options).dump(dump)
+    else:
+        open_program(model, backend=backend, **kinds, **options, dump=dump)
+    console.out((out / "summary.txt").read_text(), highlight=False)
 
 
 @app.command()
@@ -251,7 +345,10 @@ def explain(
 
     Without --pass, a cleanup pass that applied everything is one line.
     """
-    if is_program(Path(model)):
+    if is_dump(Path(model)):
+        refuse_options(model, weights=weights, dtype=dtype)
+        _, report = read_dump(model)
+    elif is_program(Path(model)):
         refuse_options(model, weights=weights, dtype=dtype)
         report = load_report(model)
     else:
@@ -277,9 +374,9 @@ def bisect(
             "passes of its own"
         ),
     ],
-    disable: Annotated[
-        list[str] | None, typer.Option(help="a pass to leave out; can be repeated")
-    ] = None,
+    disable: Disable = None,
+    enable: Enable = None,
+    limit: Limit = None,
     out: Annotated[
         Path | None,
         typer.Option(help="folder for a reproducer that runs alone", show_default=False),
@@ -300,6 +397,8 @@ def bisect(
         known.get("example"),
         is_good=known.get("is_good"),
         disable=disable or (),
+        enable=enable or (),
+        limits=limits_in(limit),
     )
     if found is None:
         console.print(Text("no rewrite changes what the model computes"))

@@ -6,6 +6,7 @@
 | offline | GRAPHOPT_OFFLINE | 0                 | 1: never touch the network                |
 | check   | GRAPHOPT_CHECK   | 0                 | 1: `compile` checks every pass's numerics |
 | dump    | GRAPHOPT_DUMP    | none              | folder for what `compile` dumps           |
+| editor  | VISUAL, EDITOR   | none              | command line that edits a text file       |
 | reread  | GRAPHOPT_REREAD  | 0                 | 1: every graph text is read back, compared |
 
 Functions take a `Config` and read `Config.from_environment()` only when they were given none, so
@@ -34,6 +35,7 @@ class Config:
     check: bool = False
     dump: Path | None = None
     reread: bool = False
+    editor: str = ""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Config:
@@ -46,6 +48,7 @@ class Config:
             check=_flag(env, "GRAPHOPT_CHECK"),
             dump=Path(env["GRAPHOPT_DUMP"]).expanduser() if env.get("GRAPHOPT_DUMP") else None,
             reread=_flag(env, "GRAPHOPT_REREAD"),
+            editor=env.get("VISUAL") or env.get("EDITOR") or "",
         )
 
 

@@ -78,6 +78,85 @@ def saved(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_dump(folder: Path, saved: Path, tmp_path: Path) -> None:
+    done = runner.invoke(cli.app, ["dump", str(folder), str(tmp_path / "a"), "--check", "numerics"])
+    assert done.exit_code == 0, done.output
+    assert "graphopt.rms_norm" in done.output
+    assert (tmp_path / "a" / "09_fuse_norm.gir").exists()
+    done = runner.invoke(cli.app, ["dump", str(saved), str(tmp_path / "b")])
+    assert done.exit_code == 0, done.output
+    fused = Path("diffs", "09_fuse_norm.diff")
+    assert (tmp_path / "b" / fused).read_text() == (tmp_path / "a" / fused).read_text()
+    done = runner.invoke(
+        cli.app,
+        ["dump", str(saved), str(tmp_path / "c"), "--pass", "fuse_norm", "--layer", "model.norm"],
+    )
+    assert done.exit_code == 0, done.output
+    graphs = sorted(path.name for path in (tmp_path / "c").glob("*.gir"))
+    assert graphs == ["09_fuse_norm.part.gir"]
+    assert len((tmp_path / "c" / graphs[0]).read_text().splitlines()) == 1
+    done = runner.invoke(cli.app, ["explain", str(tmp_path / "b"), "--pass", "fuse_norm"])
+    assert "fuse_norm: 5 of 5 fused" in done.output
+
+
+def test_passes_are_chosen_on_the_command_line(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--disable", "fuse_mlp", "--limit", "fuse_norm=3", "--enable", "merge_qkv"]
+    done = runner.invoke(cli.app, ["compile", str(folder), str(out), *options])
+    assert done.exit_code == 0, done.output
+    program = graphopt.load_program(out)
+    counts = program.graph.op_counts()
+    assert counts["graphopt.swiglu"] == 0
+    assert counts["graphopt.rms_norm"] == 3
+    assert program.report.sites("merge_qkv") > 0
+
+
+def test_a_graph_is_edited_by_hand(folder: Path, tmp_path: Path) -> None:
+    editor = tmp_path / "editor.py"
+    editor.write_text(
+        "import pathlib, sys\n"
+        "path = pathlib.Path(sys.argv[2])\n"
+        "path.write_text(path.read_text().replace(sys.argv[1].split('/')[0], "
+        "sys.argv[1].split('/')[1]))\n"
+    )
+    generate = ["run", str(folder), "1 2 3", "--max-tokens", "1", "--backend", "reference"]
+    command = f"{sys.executable} {editor}"
+
+    def edited(rule: str, after: str = "fuse_norm") -> str:
+        options = ["--edit-after", after, "--editor", f"{command} {rule}"]
+        done = runner.invoke(cli.app, [*generate, *options])
+        return done.output + str(done.exception)
+
+    # The model folder has no tokenizer: the passes and the edit are over by then.
+    assert "needs a tokenizer" in edited("eps=1e-06/eps=1e-05")
+    assert "unknown op 'graphopt.norm'" in edited("rms_norm/norm")
+    assert "is in /" in edited("rms_norm/norm")
+    assert "did you mean 'fuse_norm'" in edited("a/b", "fuse_nrom")
+    for options, message in (
+        (["--edit-after", "fuse_norm", "--editor", "no-such-editor"], "cannot be run"),
+        (["--edit-after", "fuse_norm", "--editor", "false"], "ended with status 1"),
+        (["--editor", "true"], "no effect without --edit-after"),
+        (["--edit-after", "fuse_norm"], "give --editor, or set EDITOR"),
+    ):
+        done = runner.invoke(cli.app, [*generate, *options], env={"EDITOR": "", "VISUAL": ""})
+        assert message in str(done.exception), (options, done.output, done.exception)
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ("fuse_norm", "must be PASS=N"),
+        ("fuse_norm=-1", "must be PASS=N"),
+        ("fuse_nrom=1", "did you mean 'fuse_norm'"),
+        ("merge_qkv=1", "not in this run"),
+    ],
+)
+def test_bad_limits(folder: Path, tmp_path: Path, limit: str, message: str) -> None:
+    for command in (["compile", str(folder), str(tmp_path / "x")], ["bisect", str(folder)]):
+        done = runner.invoke(cli.app, [*command, "--limit", limit])
+        assert message in str(done.exception), (command, done.output)
+
+
 def test_the_backend_of_a_saved_program_can_be_chosen(saved: Path, tmp_path: Path) -> None:
     for arguments, backend in (([], "reference"), (["--backend", "cpu"], "cpu")):
         out = tmp_path / backend
