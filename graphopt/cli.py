@@ -75,6 +75,10 @@ def open_program(
     Raises UnsupportedError for values that do not exist, and for options that a saved program
     cannot follow any more.
     """
+    if is_dump(Path(model)):
+        raise UnsupportedError(
+            f"{model} is a dump, which has no weights; graphopt explain and explore read it"
+        )
     if is_program(Path(model)):
         refuse_options(model, weights=weights, dtype=dtype, activations=activations, **options)
         with console.status(Text(f"loading {model}")):

@@ -46,6 +46,7 @@ class Printer:
         self.graph = graph
         self.canonical = canonical
         self._numbers: dict[fx.Node, str] = {}
+        self._sizes: dict[sympy.Expr, str] = {}
         self._symbols = {sympy.Symbol(s, integer=True): n for s, n in graph.symbols.items()}
         self._names = {str(symbol): name for symbol, name in self._symbols.items()}
 
@@ -109,11 +110,13 @@ class Printer:
         if isinstance(value, int):
             return str(value)
         expr = value.node.expr
-        renamed = {
-            symbol: sympy.Symbol(self._name(symbol))
-            for symbol in sorted(expr.free_symbols, key=str)
-        }
-        return str(expr.xreplace(renamed))
+        if expr not in self._sizes:
+            renamed = {
+                symbol: sympy.Symbol(self._name(symbol))
+                for symbol in sorted(expr.free_symbols, key=str)
+            }
+            self._sizes[expr] = str(expr.xreplace(renamed))
+        return self._sizes[expr]
 
     def _name(self, symbol: sympy.Symbol) -> str:
         return self._names.setdefault(str(symbol), f"n{len(self._names)}")
