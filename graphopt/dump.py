@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -110,6 +109,7 @@ class DumpWriter:
     def __init__(self, dump: Dump) -> None:
         self.dump = dump
         self._written: dict[str, str] = {}
+        self._graphs: dict[int, str] = {}
         self._clear()
 
     def _clear(self) -> None:
@@ -134,8 +134,9 @@ class DumpWriter:
     def step(self, step: TraceStep, previous: TraceStep | None) -> None:
         """Write the graph after a pass, and what the pass changed."""
         if self.dump.passes and step.name not in self.dump.passes:
+            self._graphs[step.number] = "not dumped"
             return
-        self._graph(step.file, step.text)
+        self._graphs[step.number] = self._graph(step.file, step.text)
         if previous is None:
             return
         diff = collapsed_diff(previous.text, step.text, previous.file, step.file)
@@ -143,11 +144,13 @@ class DumpWriter:
             diff = "\n".join(self._shown(diff)) + "\n"
         self._write(f"diffs/{step.file.removesuffix('.gir')}.diff", diff)
 
-    def _graph(self, file: str, text: str) -> None:
+    def _graph(self, file: str, text: str) -> str:
+        """Returns the name of the file."""
         if self.dump.is_partial:
             shown = [line for line in text.splitlines() if self.dump.shows(line)]
             text, file = "\n".join([*shown, ""]), file.replace(".gir", ".part.gir")
         self._write(file, text)
+        return file
 
     def _shown(self, diff: str) -> list[str]:
         lines = diff.splitlines()
@@ -162,8 +165,7 @@ class DumpWriter:
         failure: str = "",
     ) -> None:
         """Write the summary, the kernels, the report and the manifest. name: of the model."""
-        files = {step.number: step.file for step in trace.steps}
-        self._write(SUMMARY, summary(name, report, files, failure))
+        self._write(SUMMARY, summary(name, report, self._graphs, failure))
         if kernels:
             self._write("kernels/serving.txt", _kernel_list(kernels, trace.steps[-1].text))
         data = json.dumps({**report.to_dict(), "seconds": report.seconds, "notes": report.notes})
@@ -223,11 +225,11 @@ def dump_program(program: Program, to: str | Path | Dump) -> None:
 def summary(name: str, report: Report, files: dict[int, str], failure: str = "") -> str:
     """What happened, a line a pass, as text.
 
-    files: number of a pass in the report -> its graph file, for the passes that changed something.
+    files: number of a pass in the report -> its graph file; a pass without one changed nothing.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    headings = ("pass", "ms", "verify ms", "sites", "rejected", "nodes", "ops", "numeric error")
-    for heading in (*headings, "file"):
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    headings = ("pass", "ms", "verify ms", "sites", "rejected", "nodes", "numeric error")
+    for heading in (*headings, "file", "ops"):
         is_text = heading in ("pass", "ops", "file")
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
     errors = {change.pass_name: f"{change.max_relative:.1e}" for change in report.numerics}
@@ -240,22 +242,18 @@ def summary(name: str, report: Report, files: dict[int, str], failure: str = "")
             str(len(record.sites)),
             str(len(record.rejections)),
             f"{record.nodes_after} ({delta:+d})" if delta else str(record.nodes_after),
-            _largest(record.op_delta),
             errors.get(record.name, "-"),
-            files.get(number, ""),
+            files.get(number, "unchanged"),
+            _largest(record.op_delta),
         )
     out = StringIO()
-    console = Console(file=out, width=240, color_system=None, legacy_windows=False)
-    print_line = console.out
-    print_line(f"{name}\n", highlight=False)
-    console.print(table)
-    for stage, seconds in report.seconds.items():
-        print_line(f"{stage}: {seconds:.2f} s", highlight=False)
-    for note in report.notes:
-        print_line(f"note: {note}", highlight=False)
-    if failure:
-        print_line(f"FAILED: {failure}", highlight=False)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+    Console(file=out, width=240, color_system=None, legacy_windows=False).print(table)
+    rows = [line.rstrip() for line in out.getvalue().splitlines()]
+    lines = [name, "", *(row for row in rows if row), ""]
+    lines += [f"{stage}: {seconds:.2f} s" for stage, seconds in report.seconds.items()]
+    lines += [f"note: {note}" for note in report.notes]
+    lines += [f"FAILED: {failure}"] if failure else []
+    return "\n".join([*lines, ""])
 
 
 def _largest(delta: dict[str, int]) -> str:

@@ -29,6 +29,7 @@ from graphopt.ops import attention
 from graphopt.passes.manager import PassManager
 from graphopt.passes.registry import all_passes
 from graphopt.report import Rejection, Report
+from graphopt.trace import TraceRecorder
 
 Road = Literal["hook", "sdpa", "eager"]
 ROADS: tuple[Road, ...] = ("hook", "sdpa", "eager")
@@ -127,14 +128,16 @@ def relative_error(graph: Graph, model: PreTrainedModel, family: Family, masked:
 
 
 def measure(family: Family, road: Road, masked: bool) -> Outcome:
-    """Capture, clean, fuse, compare. Raises what `arrive` raises."""
+    """Capture, clean, fuse, compare; the text after every pass reads back as the graph. Raises what
+    `arrive` raises."""
     model = family.build()
     graph = arrive(model, family, road, masked)
     report = Report()
     stages = ("cleanup", "fuse")
-    PassManager(name for name, cls in all_passes().items() if cls.stage in stages).run(
-        graph, report
-    )
+    names = [name for name, cls in all_passes().items() if cls.stage in stages]
+    recorder = TraceRecorder(report, is_checked=True)
+    recorder.captured(graph)
+    PassManager(names, instruments=[recorder]).run(graph, report)
     calls = list(graph.calls(attention.SPEC.overload))
     dense = [call for call in calls if argument(call, "mask") is not None]
     stated = ("causal", "window", "pad_BT", "predicate", "bias")

@@ -58,7 +58,7 @@ def test_a_dump_has_a_file_for_each_pass_that_changed_something(
     assert {name[6:-5] for name in files(folder) if name.startswith("diffs/")} == changed
     summary = (folder / "summary.txt").read_text()
     for record in program.report.passes:
-        assert re.search(rf"^ {record.name} .* {len(record.sites)} ", summary, re.MULTILINE)
+        assert re.search(rf"^{record.name} .* {len(record.sites)} ", summary, re.MULTILINE)
     assert "+7 graphopt.rms_norm" in summary
     assert "{0-2} x3 @@" in (folder / "diffs" / "09_fuse_norm.diff").read_text()
     kernels = (folder / "kernels" / "serving.txt").read_text()
@@ -100,6 +100,9 @@ def test_filters(model: Graph, program: graphopt.Program, tmp_path: Path) -> Non
     graphopt.compile(model, dump=Dump(tmp_path / "passes", passes=("fuse_norm",)))
     kept = {name for name in files(tmp_path / "passes") if name.endswith((".gir", ".diff"))}
     assert kept == {"09_fuse_norm.gir", "diffs/09_fuse_norm.diff"}
+    summary = (tmp_path / "passes" / "summary.txt").read_text()
+    assert re.search(r"^fuse_rope .* not dumped ", summary, re.MULTILINE)
+    assert re.search(r"^dead_code .* unchanged", summary, re.MULTILINE)
     program.dump(Dump(tmp_path / "layers", layers=("model.layers.1",), ops=("graphopt.*",)))
     part = (tmp_path / "layers" / "09_fuse_norm.part.gir").read_text().splitlines()
     assert len(part) == 4
@@ -216,7 +219,7 @@ def test_the_environment_dumps(
 def test_numeric_errors_are_in_the_summary(model: Graph, tmp_path: Path) -> None:
     program = graphopt.compile(model, dump=tmp_path, check="numerics")
     rows = (tmp_path / "summary.txt").read_text().splitlines()
-    errors = [re.search(r"\d\.\de[-+]\d\d", row) for row in rows if re.match(r" \w+_\w+ ", row)]
+    errors = [re.search(r"\d\.\de[-+]\d\d", row) for row in rows if re.match(r"\w+_\w+ ", row)]
     found = [change.max_relative for change in program.report.numerics]
     assert len(found) == len(program.report.passes)
     assert [error[0] for error in errors if error] == [f"{change:.1e}" for change in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,6 +98,16 @@ def test_greedy_tokens_all_together(program: Program, expected: list[list[int]])
     completions = program.generate(PROMPTS, max_tokens=TOKENS, ignore_eos=True)
     for completion, tokens in zip(completions, expected, strict=True):
         assert list(completion.tokens) == tokens
+
+
+def test_the_dump_is_small_enough_to_read(program: Program, tmp_path: Path) -> None:
+    program.dump(tmp_path)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in written) <= 2_000_000
+    lengths = {p.name: len(p.read_text().splitlines()) for p in tmp_path.glob("diffs/*.diff")}
+    assert len(lengths) >= 8
+    assert max(lengths.values()) <= 200, lengths
+    assert "@@ model.layers.{0-29} x30 @@" in (tmp_path / "diffs/09_fuse_norm.diff").read_text()
 
 
 def test_low_bit_program_holds_no_dense_copy() -> None:
