@@ -1,4 +1,7 @@
-"""A model with a pass that spoils one of its 30 layers: `graphopt bisect wrong_rewrite.py` finds it."""
+"""A model, and a pass that spoils one of its 30 layers.
+
+    graphopt bisect examples/wrong_rewrite.py
+"""
 
 from collections.abc import Iterable
 
