@@ -1,6 +1,6 @@
 """A model, and a pass that spoils one of its 30 layers.
 
-    graphopt bisect examples/wrong_rewrite.py
+graphopt bisect examples/wrong_rewrite.py
 """
 
 from collections.abc import Iterable

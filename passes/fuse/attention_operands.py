@@ -14,15 +14,9 @@ from torch import Tensor, fx
 
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph, argument, dtype_of, is_call, shape_of
+from graphopt.passes.fuse.walk import CASTS
 
 aten = torch.ops.aten
-CASTS = (
-    aten.to.dtype,
-    aten._to_copy.default,
-    aten.to.dtype_layout,
-    aten.to.other,
-    aten.type_as.default,
-)
 PRODUCTS = (
     aten.matmul.default,
     aten.bmm.default,

@@ -252,7 +252,8 @@ def _read(
 
 def _is_whole(values: MaskValues, atom: ia.Read, sizes: Sizes) -> bool:
     """The product is read at the softmax's own indices."""
-    node = next(n for n in values.graph.nodes if n.name == atom.tensor)
+    node = values.named(atom.tensor)
+    assert node is not None
     own, wanted = values.of(node).sizes, mask_sizes(sizes)[4 - len(atom.indices) :]
     one, shift = ia.integer(1), 4 - len(atom.indices)
     at = tuple(ia.integer(0) if size == one else axis(i + shift) for i, size in enumerate(own))

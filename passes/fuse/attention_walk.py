@@ -11,7 +11,6 @@ from torch import fx
 from graphopt.ir.graph import Graph, argument, dtype_of, is_call, op_name, shape_of
 from graphopt.passes.base import Reject
 from graphopt.passes.fuse.attention_operands import (
-    CASTS,
     COPIES,
     PRODUCTS,
     VIEWS,
@@ -21,6 +20,7 @@ from graphopt.passes.fuse.attention_operands import (
     is_tensor,
     read_product,
 )
+from graphopt.passes.fuse.walk import CASTS
 from graphopt.passes.masks import algebra as ia
 from graphopt.passes.masks.scores import HIDDEN
 from graphopt.passes.masks.values import MaskValues, axis, size_expr
@@ -120,7 +120,7 @@ def read_sinks(values: MaskValues, node: fx.Node) -> tuple[fx.Node, Operand] | N
     if not isinstance(element, ia.Read):
         return None
     varying = [index for index in element.indices if ia.variables(index)]
-    base = next((n for n in values.graph.nodes if n.name == element.tensor), None)
+    base = values.named(element.tensor)
     if base is None or varying != [axis(rank - 3)]:
         return None
     operand = Operand(base)
@@ -130,7 +130,7 @@ def read_sinks(values: MaskValues, node: fx.Node) -> tuple[fx.Node, Operand] | N
 
 
 def leads_to(values: MaskValues, name: str, product: fx.Node) -> bool:
-    node = next((n for n in values.graph.nodes if n.name == name), None)
+    node = values.named(name)
     while node is not None and node is not product:
         node = first(node) if is_call(node, *VIEWS, *COPIES, *CASTS) else None
     return node is product
@@ -139,9 +139,8 @@ def leads_to(values: MaskValues, name: str, product: fx.Node) -> bool:
 def product_below(values: MaskValues, scores: fx.Node) -> fx.Node | None:
     """The product that the scores are made of."""
     element = values.of(scores).element
-    by_name = {n.name: n for n in values.graph.nodes}
     for read in sorted(ia.reads(element), key=repr):
-        node = by_name.get(read.tensor)
+        node = values.named(read.tensor)
         while node is not None and is_call(node, *VIEWS, *COPIES, *CASTS):
             node = first(node)
         if node is not None and is_call(node, *PRODUCTS):

@@ -12,7 +12,13 @@ from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import argument, is_call, shape_of
 
 aten = torch.ops.aten
-CASTS = (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.type_as.default)
+CASTS = (
+    aten.to.dtype,
+    aten._to_copy.default,
+    aten.to.dtype_layout,
+    aten.to.other,
+    aten.type_as.default,
+)
 _SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 
 

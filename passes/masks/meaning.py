@@ -73,7 +73,6 @@ class _Meaning:
         self.queries, self.keys = sizes[2], sizes[3]
         self.gap = ia.add(self.keys, self.queries, -1)
         self.aux: list[fx.Node] = []
-        self._node_named = {node.name: node for node in values.graph.nodes}
 
     def read(self, visible: Expr, bias: Expr | None) -> MaskMeaning | Unproven:
         causal, window, padding, other = self._conjuncts(visible)
@@ -216,7 +215,7 @@ class _Meaning:
         """The predicate's text; None when it would read tensors that are not small."""
         order: dict[str, int] = {}
         for read in sorted(ia.reads(e), key=repr):
-            node = self._node_named.get(read.tensor)
+            node = self.values.named(read.tensor)
             varying = [i for i in read.indices if ia.variables(i)]
             if node is None or len(varying) > _MOST_INDICES[ia.kind_of(e)]:
                 return None

@@ -87,6 +87,10 @@ class MaskValues:
         """Every node read so far."""
         return list(self._known)
 
+    def named(self, tensor: str) -> fx.Node | None:
+        """The node that a `Read` names."""
+        return next((node for node in self.graph.nodes if node.name == tensor), None)
+
     def operand(self, value: Any) -> Grid | None:
         """A node or a number."""
         if isinstance(value, fx.Node):
@@ -160,7 +164,7 @@ class MaskValues:
         """An element of an integer input [batch, sequence] that is never embedded."""
         if not isinstance(read, ia.Read) or read.kind != "int" or len(read.indices) != 2:
             return False
-        node = next((n for n in self.graph.nodes if n.name == read.tensor), None)
+        node = self.named(read.tensor)
         if node is None or node.op != "placeholder":
             return False
         return not any(is_call(user, aten.embedding.default) for user in node.users)
