@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from graphopt.dump import Dump
     from graphopt.explainer import explain
     from graphopt.explanation import Explanation
+    from graphopt.explorer import explore
     from graphopt.ir.graph import Graph
     from graphopt.program import Program
     from graphopt.runtime import SamplingParams
@@ -37,6 +38,7 @@ _HOME = {
     "bisect": "graphopt.bisection",
     "compile": "graphopt.compiler",
     "explain": "graphopt.explainer",
+    "explore": "graphopt.explorer",
     "load_program": "graphopt.storage",
 }
 
@@ -53,6 +55,7 @@ __all__ = [
     "capture",
     "compile",
     "explain",
+    "explore",
     "load_program",
 ]
 

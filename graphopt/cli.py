@@ -1,5 +1,5 @@
-"""The command line: `graphopt demo | generate | run | compile | dump | inspect | explain | bisect |
-passes`.
+"""The command line: `graphopt demo | generate | run | compile | dump | inspect | explain | explore |
+bisect | passes`.
 
 Errors that graphopt raises on purpose are printed as one line, exit status 2; anything else is a
 bug and keeps its traceback.
@@ -38,6 +38,7 @@ from graphopt.cli_options import (
 )
 from graphopt.dump import Dump, is_dump, read_dump
 from graphopt.errors import GraphoptError, UnsupportedError
+from graphopt.explorer.command import explore_command
 from graphopt.models import BUILTINS, load
 from graphopt.passes.registry import all_passes, ordered
 from graphopt.program import Program
@@ -367,6 +368,9 @@ def explain(
             console.print(Text(f"{found.title(run)}: {run.summary}"))
         else:
             console.print(found.run_table(run))
+
+
+app.command("explore")(explore_command)
 
 
 @app.command()

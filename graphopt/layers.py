@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 _NUMBER = re.compile(r"(?<!\d)\d+(?=\.|$)")
 _BLOCK = re.compile(r".*?\d+(?=\.|$)")
+_SPAN = re.compile(r"\{(\d+)-(\d+)\}")
 
 
 def layer_shape(layer: str) -> str:
@@ -42,3 +43,12 @@ def _ranges(values: set[int]) -> str:
         else:
             spans.append([value, value])
     return "{" + ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in spans) + "}"
+
+
+def members(name: str) -> list[str]:
+    """The names that a range stands for: `a.{0-2}.b` -> a.0.b, a.1.b, a.2.b."""
+    match = _SPAN.search(name)
+    if match is None:
+        return [name]
+    numbers = range(int(match[1]), int(match[2]) + 1)
+    return [f"{name[: match.start()]}{number}{name[match.end() :]}" for number in numbers]
