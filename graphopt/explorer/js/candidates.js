@@ -2,8 +2,9 @@
 
 const MOST_MEMBERS = 60;
 
-/** The tab's content. state: {pass: index or -1 for all, outcome: "" for all}. */
-function renderCandidates(panel, state, app) {
+/** The tab's content. state: {pass: index, "selected" or "all"; outcome: "" for all}. */
+function renderCandidates(panel, selected, state, app) {
+  const only = state.pass === "selected" ? selected.index : Number(state.pass);
   const rows = data.explain.flatMap((found, index) => found.rows.map((row) => ({ ...row, pass: index })));
   const outcomes = [...new Set(rows.map((row) => row.outcome))];
   const pick = (name, options, value) => {
@@ -12,7 +13,7 @@ function renderCandidates(panel, state, app) {
     return h("label", { class: "field" }, `${name} `, select);
   };
   const passes = data.passes.map((pass, index) => [index, `${pass.name}: ${data.explain[index].summary}`]).filter(([index]) => data.explain[index].rows.length);
-  const chosen = rows.filter((row) => (state.pass < 0 || row.pass === state.pass) && (!state.outcome || row.outcome === state.outcome));
+  const chosen = rows.filter((row) => (state.pass === "all" || row.pass === only) && (!state.outcome || row.outcome === state.outcome));
   const count = chosen.reduce((sum, row) => sum + row.members.length, 0);
   const body = h("tbody");
   for (const row of chosen) body.append(...candidateRows(row, app));
@@ -20,10 +21,11 @@ function renderCandidates(panel, state, app) {
     h("div", { class: "heading" },
       h("h2", {}, "Candidates", h("small", {}, ` ${count} in ${chosen.length} kinds; layers that differ in their number only are one kind`)),
       h("div", { class: "controls" },
-        pick("pass", [[-1, "all passes"], ...passes], state.pass),
+        pick("pass", [["selected", `the selected one (${selected.name})`], ["all", "all passes"], ...passes], state.pass),
         pick("outcome", [["", "all outcomes"], ...outcomes.map((name) => [name, name])], state.outcome))),
     chosen.length
       ? h("table", { class: "candidates" },
+        h("colgroup", {}, ...["pass", "outcome", "count", "candidate"].map((name) => h("col", { class: name })), h("col")),
         h("thead", {}, h("tr", {}, ...["pass", "outcome", "count", "candidate", "change, or why not"].map((text) => h("th", { scope: "col" }, text)))),
         body)
       : h("p", { class: "empty" }, "No candidate: this pass found nothing to consider, or the filter leaves nothing."));

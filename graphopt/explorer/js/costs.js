@@ -5,7 +5,7 @@ const MEASURES = [
   ["bytes", "bytes", (value) => short(value, "B")],
   ["seconds", "least time", duration],
 ];
-const CHART = { width: 520, height: 210, left: 62, right: 12, top: 12, bottom: 34 };
+const CHART = { width: 540, height: 240, left: 62, right: 12, top: 12, bottom: 62 };
 
 /** Sums of a step by block: Map of name -> {flops, bytes, seconds, compute, memory}. */
 function sumsOf(where, machine) {
@@ -57,8 +57,8 @@ function canvas(name) {
   return d3.create("svg").attr("viewBox", `0 0 ${CHART.width} ${CHART.height}`).attr("role", "img").attr("aria-label", name);
 }
 
-/** Short name of a block below its bar: the number, or the first letters of the last part. */
-const tick = (name) => /\d+$/.exec(name)?.[0] ?? clip(name.split(".").pop(), 7);
+/** Short name of a block below its bar: its number, or its last part. */
+const tick = (name) => /\d+$/.exec(name)?.[0] ?? clip(name.split(".").pop(), 12);
 
 function barChart(old, now, key, format, app) {
   const names = [...new Set([...now.keys(), ...old.keys()])].filter((name) => (now.get(name)?.[key] || 0) + (old.get(name)?.[key] || 0) > 0);
@@ -73,7 +73,7 @@ function barChart(old, now, key, format, app) {
   const named = names.filter((name, i) => !isNumbered(name) || i % every === 0);
   svg.append("g").attr("class", "axis").attr("transform", `translate(0,${CHART.height - CHART.bottom})`)
     .call(d3.axisBottom(x).tickValues(named).tickFormat(tick).tickSize(3))
-    .selectAll("text").attr("transform", (name) => (isNumbered(name) ? null : "rotate(-28)")).attr("text-anchor", (name) => (isNumbered(name) ? "middle" : "end"));
+    .selectAll("text").attr("transform", (name) => (isNumbered(name) ? null : "translate(0,13) rotate(-35)")).attr("text-anchor", (name) => (isNumbered(name) ? "middle" : "end"));
   const bars = svg.append("g").selectAll("g").data(names).join("g").attr("class", "bar").on("click", (event, name) => app.draw(name === "(no layer)" ? "" : name));
   bars.append("rect").attr("x", (name) => x(name)).attr("width", x.bandwidth())
     .attr("y", (name) => y(now.get(name)?.[key] || 0)).attr("height", (name) => y(0) - y(now.get(name)?.[key] || 0));

@@ -22,11 +22,11 @@ function renderDetails(panel, line, where, machine, app) {
     linkSection("Reads", line.references.map((name) => [here.values.get(name) || { id: name, kind: "weight", op: "", type: "" }, where]), app),
     linkSection("Read by", usersOf(here, line.id).map((user) => [user, where]), app),
     line.kind === "call" ? costSection(line, machine) : null,
-    line.kind === "call" ? kernelSection(line, captured, last, app) : null,
+    line.kind === "call" ? kernelSection(line, last, app) : null,
     line.kind === "call" ? section("Draw", [["", h("button", { on: { click: () => app.draw(block(line.layer)) } }, "its layer"), " ", h("button", { on: { click: () => app.around(line) } }, "around it")]]) : null,
     linkSection("Comes from (captured)", captured.map((name) => [step(0).values.get(name), 0]).filter(([found]) => found), app),
     sites.length ? h("section", {}, h("h3", {}, "Made by"), h("ul", {}, ...sites.map((site) => h("li", {}, siteButton(site, app))))) : null,
-    linkSection("Became (last graph)", becameOf(captured, last).map((found) => [found, last.index]), app),
+    became(line, last, app),
     line.id ? timeSection(line.id, app) : null,
   );
 }
@@ -54,17 +54,40 @@ function costSection(line, machine) {
 }
 
 /** Its own kernel in the last graph; for an earlier value, those of what it became. */
-function kernelSection(line, captured, last, app) {
+function kernelSection(line, last, app) {
   if (line.kernel) return section("Kernel (cpu backend)", [["", line.kernel]]);
-  const runs = becameOf(captured, last).filter((found) => found.kernel);
+  const runs = becameOf(line, last).filter((found) => found.kernel);
   if (!runs.length) return null;
   return h("section", {}, h("h3", {}, "Runs in the end as (cpu backend)"), h("ul", {}, ...runs.slice(0, 4).map((found) => h("li", {}, nodeButton(found, last.index, app), h("span", { class: "minor" }, ` ${found.kernel}`)))));
 }
 
-/** Lines of the last graph that come from one of these captured values. */
-function becameOf(captured, last) {
-  const wanted = new Set(captured);
+/** Lines of the last graph that come from this line: from its own value, or from those it stands for. */
+function becameOf(line, last) {
+  const wanted = new Set(line.history.includes(line.id) ? [line.id] : line.history.filter((name) => !name.includes("#")));
   return last.lines.filter((found) => found.history.some((name) => wanted.has(name)));
+}
+
+/** What is left of it in the last graph, or the values that read it where it was removed. */
+function became(line, last, app) {
+  const found = becameOf(line, last);
+  if (found.length) return linkSection("Became (last graph)", found.map((other) => [other, last.index]), app);
+  const gone = line.id ? data.steps.findIndex((_, index) => index && step(index - 1).values.has(line.id) && !step(index).values.has(line.id)) : -1;
+  if (gone < 0) return null;
+  return linkSection(`Removed by ${data.steps[gone].name}; read by`, survivors(line.id, gone).map((other) => [other, gone]), app);
+}
+
+/** Values of a step that were the next readers of a removed one. */
+function survivors(id, gone) {
+  const [before, after] = [step(gone - 1), step(gone)];
+  const found = new Set();
+  const seen = new Set([id]);
+  for (let edge = [id]; edge.length;) {
+    const users = edge.flatMap((name) => usersOf(before, name)).filter((user) => user.id && !seen.has(user.id));
+    users.forEach((user) => seen.add(user.id));
+    for (const user of users) if (after.values.has(user.id)) found.add(after.values.get(user.id));
+    edge = users.filter((user) => !after.values.has(user.id)).map((user) => user.id);
+  }
+  return [...found];
 }
 
 function nodeButton(line, where, app) {

@@ -2,7 +2,8 @@
 
 const MOST_NODES = 250;
 const AROUND = 3;
-const NODE_WIDTH = 168;
+const NODE_WIDTH = 198;
+const SMALLEST = 0.72;
 const LINE_HEIGHT = 14;
 const FAMILIES = [
   ["matrix product", "matrix", /linear|matmul|\.mm|bmm|addmm|conv|einsum/],
@@ -150,7 +151,7 @@ function drawSide(figure, title, where, lines, changeOf, app) {
   });
   const zoom = d3.zoom().scaleExtent([0.05, 4]).on("zoom", (event) => scene.attr("transform", event.transform));
   svg.call(zoom).on("dblclick.zoom", null);
-  const box = host.getBoundingClientRect();
+  const box = DOMRect.fromRect(host.getBoundingClientRect());
   const fit = () => {
     const scale = Math.min(box.width / (width + 24), box.height / (height + 24), 1.2);
     svg.call(zoom.transform, d3.zoomIdentity.translate((box.width - width * scale) / 2, (box.height - height * scale) / 2).scale(scale));
@@ -158,11 +159,19 @@ function drawSide(figure, title, where, lines, changeOf, app) {
   const button = (text, name, run) => h("button", { "aria-label": `${name}, ${title}`, title: name, on: { click: run } }, text);
   bar.append(h("span", { class: "zoom" }, button("âˆ’", "zoom out", () => svg.call(zoom.scaleBy, 1 / 1.4)), button("+", "zoom in", () => svg.call(zoom.scaleBy, 1.4)), button("fit", "show all", fit)));
   // Readable first: all of it when that can be read, else the first change in a size that can.
-  const scale = Math.min(1, Math.max(0.6, Math.min(box.width / (width + 24), box.height / (height + 24))));
+  const scale = Math.min(1, Math.max(SMALLEST, Math.min(box.width / (width + 24), box.height / (height + 24))));
   const first = nodes.find((node) => node.isInside && changeOf(node.line)) || nodes[0];
   const x = width * scale <= box.width ? (box.width - width * scale) / 2 : box.width / 2 - first.x * scale;
   const y = height * scale <= box.height ? (box.height - height * scale) / 2 : Math.min(12, 70 - (first.y - first.height) * scale);
   svg.call(zoom.transform, d3.zoomIdentity.translate(x, y).scale(scale));
+  // What is in the middle stays there when the panel beside it opens.
+  new ResizeObserver(() => {
+    const now = host.getBoundingClientRect();
+    const moved = (now.width - box.width) / 2;
+    box.width = now.width;
+    box.height = now.height;
+    if (moved) svg.call(zoom.translateBy, moved / d3.zoomTransform(svg.node()).k, 0);
+  }).observe(host);
 }
 
 /** Places of nodes and edges. Weights and sizes are left out; values from outside are drawn once. */
@@ -197,9 +206,9 @@ const clip = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}â€
 /** What a node says: its value and op, its layer, its type. */
 function textsOf(line, isInside) {
   const op = line.kind === "call" ? line.op.split(".")[1] : line.kind;
-  if (!isInside) return [clip(`${label(line)} ${op}`, 22), clip(line.type, 23)];
+  if (!isInside) return [clip(`${label(line)} ${op}`, 24), clip(line.type, 28)];
   const tail = line.layer.slice(block(line.layer).length).replace(/^\./, "");
-  return [clip(`${line.id} ${op}`.trim(), 20), clip(tail, 23), clip(line.type, 23)].filter(Boolean);
+  return [clip(`${line.id} ${op}`.trim(), 22), clip(tail, 28), clip(line.type, 28)].filter(Boolean);
 }
 
 /** A small triangle at the end of an edge. */

@@ -17,7 +17,7 @@ const state = {
   around: null,
   selected: null,
   query: "",
-  filter: { pass: -1, outcome: "" },
+  filter: { pass: "selected", outcome: "" },
   machine: 0,
 };
 
@@ -26,7 +26,6 @@ const app = {
   go(index) {
     if (index < 0 || index >= data.passes.length) return;
     state.pass = index;
-    state.filter.pass = state.filter.pass < 0 ? -1 : index;
     showPasses();
     showTab();
     at("status").textContent = `${data.passes[index].name}: ${data.explain[index].summary}`;
@@ -72,7 +71,7 @@ const app = {
     markSelected();
   },
   filter(changes) {
-    Object.assign(state.filter, "pass" in changes ? { pass: Number(changes.pass) } : changes);
+    Object.assign(state.filter, changes);
     showTab();
   },
   /** The step of a range that is next to the one shown. */
@@ -144,7 +143,7 @@ function showTab() {
   panel.scrollTop = 0;
   if (state.tab === "changes") renderChanges(panel, pass, app);
   if (state.tab === "graph") renderGraph(panel, pass, state, app);
-  if (state.tab === "candidates") renderCandidates(panel, state.filter, app);
+  if (state.tab === "candidates") renderCandidates(panel, pass, state.filter, app);
   if (state.tab === "costs") renderCosts(panel, pass, data.machines[state.machine], app);
   if (state.tab === "search") renderSearch(panel, state.query, app);
   markSelected();
