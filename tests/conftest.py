@@ -14,8 +14,12 @@ os.environ["GRAPHOPT_REREAD"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--exhaustive`: run the tests that take many minutes, too."""
+    """`--exhaustive`: run the tests that take many minutes, too. `--screenshots`: of the explorer,
+    for the documentation."""
     parser.addoption("--exhaustive", action="store_true", help="run the tests so marked")
+    parser.addoption(
+        "--screenshots", action="store_true", help="write docs/images/explorer_*.png anew"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -25,7 +25,7 @@ function renderCandidates(panel, selected, state, app) {
         pick("outcome", [["", "all outcomes"], ...outcomes.map((name) => [name, name])], state.outcome))),
     chosen.length
       ? h("table", { class: "candidates" },
-        h("colgroup", {}, ...["pass", "outcome", "count", "candidate"].map((name) => h("col", { class: name })), h("col")),
+        h("colgroup", {}, ...["pass", "outcome", "count", "candidate"].map((name) => h("col", { class: `column-${name}` })), h("col")),
         h("thead", {}, h("tr", {}, ...["pass", "outcome", "count", "candidate", "change, or why not"].map((text) => h("th", { scope: "col" }, text)))),
         body)
       : h("p", { class: "empty" }, "No candidate: this pass found nothing to consider, or the filter leaves nothing."));

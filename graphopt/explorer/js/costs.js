@@ -5,7 +5,7 @@ const MEASURES = [
   ["bytes", "bytes", (value) => short(value, "B")],
   ["seconds", "least time", duration],
 ];
-const CHART = { width: 540, height: 240, left: 62, right: 12, top: 12, bottom: 62 };
+const CHART = { width: 540, height: 256, left: 62, right: 12, top: 12, bottom: 78 };
 
 /** Sums of a step by block: Map of name -> {flops, bytes, seconds, compute, memory}. */
 function sumsOf(where, machine) {
@@ -44,7 +44,7 @@ function renderCosts(panel, pass, machine, app) {
   const charts = h("div", { class: "charts" });
   panel.append(charts);
   for (const [key, title, format] of MEASURES) {
-    charts.append(figureOf(`${title} by layer`, "bar: after this pass; line: before it", barChart(old, now, key, format, app)));
+    charts.append(figureOf(`${title} by layer`, "bar: after this pass; line: before it, where it was another", barChart(old, now, key, format, app)));
   }
   charts.append(figureOf("nodes over the passes", "click a point to go to the pass", nodesChart(pass, app)));
 }
@@ -58,7 +58,7 @@ function canvas(name) {
 }
 
 /** Short name of a block below its bar: its number, or its last part. */
-const tick = (name) => /\d+$/.exec(name)?.[0] ?? clip(name.split(".").pop(), 12);
+const tick = (name) => /\d+$/.exec(name)?.[0] ?? clip(name.split(".").pop(), 11);
 
 function barChart(old, now, key, format, app) {
   const names = [...new Set([...now.keys(), ...old.keys()])].filter((name) => (now.get(name)?.[key] || 0) + (old.get(name)?.[key] || 0) > 0);
@@ -73,11 +73,12 @@ function barChart(old, now, key, format, app) {
   const named = names.filter((name, i) => !isNumbered(name) || i % every === 0);
   svg.append("g").attr("class", "axis").attr("transform", `translate(0,${CHART.height - CHART.bottom})`)
     .call(d3.axisBottom(x).tickValues(named).tickFormat(tick).tickSize(3))
-    .selectAll("text").attr("transform", (name) => (isNumbered(name) ? null : "translate(0,13) rotate(-35)")).attr("text-anchor", (name) => (isNumbered(name) ? "middle" : "end"));
+    .selectAll("text").attr("transform", (name) => (isNumbered(name) ? null : "translate(0,13) rotate(-55)")).attr("text-anchor", (name) => (isNumbered(name) ? "middle" : "end"));
   const bars = svg.append("g").selectAll("g").data(names).join("g").attr("class", "bar").on("click", (event, name) => app.draw(name === "(no layer)" ? "" : name));
   bars.append("rect").attr("x", (name) => x(name)).attr("width", x.bandwidth())
     .attr("y", (name) => y(now.get(name)?.[key] || 0)).attr("height", (name) => y(0) - y(now.get(name)?.[key] || 0));
-  bars.append("line").attr("x1", (name) => x(name) - 1).attr("x2", (name) => x(name) + x.bandwidth() + 1)
+  const isMoved = (name) => Math.abs((old.get(name)?.[key] || 0) - (now.get(name)?.[key] || 0)) > most / 1000;
+  bars.filter(isMoved).append("line").attr("x1", (name) => x(name) - 1).attr("x2", (name) => x(name) + x.bandwidth() + 1)
     .attr("y1", (name) => y(old.get(name)?.[key] || 0)).attr("y2", (name) => y(old.get(name)?.[key] || 0));
   bars.append("title").text((name) => `${name}: ${format(now.get(name)?.[key] || 0)}, before ${format(old.get(name)?.[key] || 0)}`);
   return svg.node();

@@ -149,9 +149,9 @@ function drawSide(figure, title, where, lines, changeOf, app) {
     if (sign) d3.select(this).append("text").attr("class", "badge").attr("x", node.width - 16).attr("y", 18).text(sign);
     d3.select(this).append("title").text(`${code(node.line)}\n${place(node.line)}`);
   });
-  const zoom = d3.zoom().scaleExtent([0.05, 4]).on("zoom", (event) => scene.attr("transform", event.transform));
-  svg.call(zoom).on("dblclick.zoom", null);
   const box = DOMRect.fromRect(host.getBoundingClientRect());
+  const zoom = d3.zoom().scaleExtent([0.05, 4]).extent(() => [[0, 0], [box.width, box.height]]).on("zoom", (event) => scene.attr("transform", event.transform));
+  svg.call(zoom).on("dblclick.zoom", null);
   const fit = () => {
     const scale = Math.min(box.width / (width + 24), box.height / (height + 24), 1.2);
     svg.call(zoom.transform, d3.zoomIdentity.translate((box.width - width * scale) / 2, (box.height - height * scale) / 2).scale(scale));
@@ -161,12 +161,15 @@ function drawSide(figure, title, where, lines, changeOf, app) {
   // Readable first: all of it when that can be read, else the first change in a size that can.
   const scale = Math.min(1, Math.max(SMALLEST, Math.min(box.width / (width + 24), box.height / (height + 24))));
   const first = nodes.find((node) => node.isInside && changeOf(node.line)) || nodes[0];
-  const x = width * scale <= box.width ? (box.width - width * scale) / 2 : box.width / 2 - first.x * scale;
+  const middle = d3.mean(nodes.filter((node) => node.isInside && changeOf(node.line)), (node) => node.x) ?? first.x;
+  const x = width * scale <= box.width ? (box.width - width * scale) / 2 : box.width / 2 - middle * scale;
   const y = height * scale <= box.height ? (box.height - height * scale) / 2 : Math.min(12, 70 - (first.y - first.height) * scale);
   svg.call(zoom.transform, d3.zoomIdentity.translate(x, y).scale(scale));
   // What is in the middle stays there when the panel beside it opens.
   new ResizeObserver(() => {
     const now = host.getBoundingClientRect();
+    // A drawing that is hidden or gone has no size.
+    if (!now.width) return;
     const moved = (now.width - box.width) / 2;
     box.width = now.width;
     box.height = now.height;
