@@ -11,7 +11,7 @@ demo: install
 install: $(VENV)/.installed
 
 # Plain (not editable) install: what `make demo` runs is what a user gets.
-$(VENV)/.installed: pyproject.toml $(shell find graphopt passes codegen runtime models -name '*.py' -o -name '*.cpp' -o -name '*.h' 2>/dev/null)
+$(VENV)/.installed: pyproject.toml $(shell find graphopt passes codegen runtime models -name '*.py' -o -name '*.cpp' -o -name '*.h' -o -name '*.js' -o -name '*.css' -o -name '*.html' 2>/dev/null)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python tools/install.py .
 	touch $@

@@ -1,5 +1,5 @@
-"""The command line: `graphopt demo | generate | run | compile | dump | inspect | explain | explore |
-bisect | passes`.
+"""The command line: `graphopt demo | generate | run | compile | dump | inspect | explain |
+explore | bisect | passes`.
 
 Errors that graphopt raises on purpose are printed as one line, exit status 2; anything else is a
 bug and keeps its traceback.

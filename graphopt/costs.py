@@ -177,12 +177,12 @@ def _products(
 ) -> float | None:
     """Operations of a matrix product, None for other ops."""
     if packet is aten.linear or packet is aten.matmul:
-        return 2.0 * result.numel() * args[0].shape[-1]
+        return 2.0 * float(result.numel() * args[0].shape[-1])
     if packet in _CONVOLUTIONS:
-        return 2.0 * result.numel() * math.prod(args[1].shape[1:])
+        return 2.0 * float(result.numel() * math.prod(args[1].shape[1:]))
     if packet is aten.scaled_dot_product_attention:
         q_BHSD, k_BGTD, v_BGTE = args[:3]
         pairs = q_BHSD.shape[:-1].numel() * k_BGTD.shape[-2]
-        return 2.0 * pairs * (q_BHSD.shape[-1] + v_BGTE.shape[-1])
+        return 2.0 * float(pairs * (q_BHSD.shape[-1] + v_BGTE.shape[-1]))
     formula: Callable[..., Any] | None = flop_registry.get(packet)
     return None if formula is None else float(formula(*args, **kwargs, out_val=result))

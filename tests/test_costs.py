@@ -65,9 +65,7 @@ def test_attention() -> None:
 
 def test_norm_and_softmax() -> None:
     x = meta(2, 3, 8)
-    norm = cost(
-        rms_norm.SPEC.overload, x, meta(8), eps=1e-6, weight_offset=0.0, cast_first=True
-    )
+    norm = cost(rms_norm.SPEC.overload, x, meta(8), eps=1e-6, weight_offset=0.0, cast_first=True)
     assert norm.bytes == 4 * (48 + 8 + 48)
     assert norm.unit == "vector"
     assert cost(aten.softmax.int, x, -1) == NodeCost(5 * 48, 4 * 96)

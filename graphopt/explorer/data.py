@@ -91,9 +91,7 @@ def page_data(subject: Subject, batch: int = 1, sequence: int = 512) -> dict[str
         "name": subject.name,
         "batch": batch,
         "sequence": sequence,
-        "machines": [
-            {**asdict(machine), "matrix": dict(machine.matrix)} for machine in MACHINES
-        ],
+        "machines": [{**asdict(machine), "matrix": dict(machine.matrix)} for machine in MACHINES],
         "steps": steps,
         "passes": passes,
         "disabled": list(subject.report.disabled),
@@ -211,7 +209,8 @@ def _places(
         elif isinstance(result, (Site, Rejection)):
             places[candidate.node] = own, before
         else:
-            places[candidate.node] = by_site.get(result.site, own), (
-                after if after is not None and result.site in by_site else before
+            places[candidate.node] = (
+                by_site.get(result.site, own),
+                (after if after is not None and result.site in by_site else before),
             )
     return places

@@ -11,7 +11,7 @@ from typing import Literal
 
 Kind = Literal["call", "input", "weight", "return", "head"]
 _CALL = re.compile(
-    r"(?:(?P<id>%\d+) : (?P<type>.+?)|_) = (?P<op>[\w.]+)\((?P<args>.*)\)"
+    r"(?P<id>%\d+) : (?P<type>.+?) = (?P<op>[\w.]+)\((?P<args>.*)\)"
     r"(?:  # (?P<layer>[^|]*?)(?: \| (?P<source>[^|]*?)(?: \| (?P<history>.*))?)?)?"
 )
 _DECLARED = re.compile(
@@ -24,9 +24,10 @@ _REFERENCE = re.compile(r"\"(?:[^\"\\]|\\.)*\"|([%@][\w.]+)")
 class GraphLine:
     """One line.
 
-    id: "%12", "%ids", "@norm.weight"; "" for a call without a result, for return and head lines.
-    type: "f32[batch, 64]". op: "aten.linear". args: the text between the parentheses; of a return
-    its values, of an input "user" or "cache", of a head line all of it. references: values and weights named in args, each once.
+    id: "%12", "%ids", "@norm.weight"; "" for return and head lines. type: "f32[batch, 64]", "none"
+    of a call that writes. op: "aten.linear". args: the text between the parentheses; of a return
+    its values, of an input "user" or "cache", of a head line all of it. references: values and
+    weights named in args, each once.
     layer, source, history: from the comment; history is the value itself where the text has none.
     """
 
@@ -49,12 +50,11 @@ def read_lines(text: str) -> list[GraphLine]:
 def _line(line: str) -> GraphLine:
     call = _CALL.fullmatch(line)
     if call:
-        own = call["id"] or ""
-        history = [part for part in (call["history"] or own).split(", ") if part]
+        history = [part for part in (call["history"] or call["id"]).split(", ") if part]
         return GraphLine(
             "call",
-            own,
-            call["type"] or "",
+            call["id"],
+            call["type"],
             call["op"],
             call["args"],
             references(call["args"]),

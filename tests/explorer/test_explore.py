@@ -55,7 +55,9 @@ def test_a_model_folder_is_compiled(tmp_path: Path) -> None:
     assert "open it in a browser" in done.output
     assert MARKER in out.read_text(encoding="utf-8")[:200]
     # A page is replaced by a page.
-    assert runner.invoke(cli.app, ["explore", str(tmp_path / "model"), "-o", str(out)]).exit_code == 0
+    assert (
+        runner.invoke(cli.app, ["explore", str(tmp_path / "model"), "-o", str(out)]).exit_code == 0
+    )
 
 
 def test_another_file_is_kept_unless_forced(program: Program, tmp_path: Path) -> None:

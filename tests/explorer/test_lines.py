@@ -20,11 +20,12 @@ from graphopt.program import Program
         ),
         (
             "%1 : f32[2] = aten.add.Tensor(%0, %0)  #  | ",
-            GraphLine("call", "%1", "f32[2]", "aten.add.Tensor", "%0, %0", ("%0",), "", "", ("%1",)),
+            GraphLine("call", "%1", "f32[2]", "aten.add.Tensor", "%0, %0",
+                      ("%0",), "", "", ("%1",)),
         ),
         (
-            "_ = graphopt.kv_write(%k_cache_0, %3)  # a | f.py:1 | %3",
-            GraphLine("call", "", "", "graphopt.kv_write", "%k_cache_0, %3",
+            "%6 : none = graphopt.kv_write(%k_cache_0, %3)  # a | f.py:1 | %3",
+            GraphLine("call", "%6", "none", "graphopt.kv_write", "%k_cache_0, %3",
                       ("%k_cache_0", "%3"), "a", "f.py:1", ("%3",)),
         ),
         (

@@ -14,12 +14,13 @@ import torch
 from watched_page import Watched
 
 import graphopt
+from graphopt.explorer.data import page_data
 from graphopt.explorer.page import render
 from graphopt.explorer.subject import Subject, subject_of
-from graphopt.explorer.data import page_data
 from graphopt.graph_diff import align, is_change, read_line
 from graphopt.layers import layer_block
 from graphopt.program import Program
+from graphopt.report import Report
 from graphopt.trace import Trace
 
 
@@ -50,9 +51,10 @@ def test_the_timeline_lists_every_pass(opened: Any, program: Program) -> None:
     idle = [r.name for r in records if not r.sites and r.nodes_before == r.nodes_after]
     assert opened.locator("#passes .idle .label").all_inner_texts() == idle
     assert idle
-    assert f"{records[0].nodes_before} → {records[-1].nodes_after} nodes" in opened.locator(
-        "#facts"
-    ).inner_text()
+    assert (
+        f"{records[0].nodes_before} → {records[-1].nodes_after} nodes"
+        in opened.locator("#facts").inner_text()
+    )
 
 
 def test_a_pass_that_changed_nothing_says_so(opened: Any) -> None:
@@ -117,7 +119,9 @@ def test_the_drawing_has_the_nodes_of_the_layer(opened: Any, program: Program) -
         assert set(labels) == names
         assert len(labels) == len(names)
         assert f"{len(names)} nodes" in opened.locator("figcaption").nth(side).inner_text()
-    assert opened.locator("figure").nth(0).locator(".node.removed .badge").first.text_content() == "−"
+    assert (
+        opened.locator("figure").nth(0).locator(".node.removed .badge").first.text_content() == "−"
+    )
 
 
 def test_layers_that_are_alike_are_one_choice(opened: Any) -> None:
@@ -139,7 +143,9 @@ def test_a_node_tells_everything(opened: Any, data: dict[str, Any]) -> None:
     go(opened, "fuse_norm")
     opened.keyboard.press("2")
     opened.locator("#region").select_option("model.layers.0")
-    opened.locator("figure").nth(1).locator(".node[aria-label*='mlp'], .node[aria-label*='linear']").first.dispatch_event("click")
+    opened.locator("figure").nth(1).locator(
+        ".node[aria-label*='mlp'], .node[aria-label*='linear']"
+    ).first.dispatch_event("click")
     details = opened.locator("#details")
     name = details.locator(".value").inner_text()
     step = next(p["step"] for p in data["passes"] if p["name"] == "fuse_norm")
@@ -179,16 +185,16 @@ def test_candidates_filter_and_jump(opened: Any, program: Program) -> None:
     assert f"{total} in" in opened.locator("#panel-candidates h2").inner_text()
     index = [record.name for record in program.report.passes].index("fuse_norm")
     opened.locator("#filter-pass").select_option(str(index))
-    assert set(opened.locator(".candidates tbody tr[data-outcome] td:first-child").all_inner_texts()) == {"fuse_norm"}
+    assert set(
+        opened.locator(".candidates tbody tr[data-outcome] td:first-child").all_inner_texts()
+    ) == {"fuse_norm"}
     opened.locator(".candidates tr[data-outcome] button.link").first.click()
     assert "graphopt.rms_norm" in opened.locator("#details h2").inner_text()
     assert opened.locator("#tab-graph").get_attribute("aria-selected") == "true"
     assert opened.locator(".node.selected").count() >= 1
 
 
-def test_rejections_say_why_and_where(
-    browser: Any, rejected: Program, tmp_path: Path
-) -> None:
+def test_rejections_say_why_and_where(browser: Any, rejected: Program, tmp_path: Path) -> None:
     watched = Watched(browser, graphopt.explore(rejected, tmp_path / "page.html"))
     page = watched.page
     page.keyboard.press("3")
@@ -214,7 +220,9 @@ def test_costs_add_up(opened: Any, data: dict[str, Any]) -> None:
     points = opened.locator("circle.point")
     assert points.count() == len(data["passes"]) + 1
     opened.locator("circle.point").last.click()
-    assert opened.locator("#passes [aria-current] .label").inner_text() == data["passes"][-1]["name"]
+    assert (
+        opened.locator("#passes [aria-current] .label").inner_text() == data["passes"][-1]["name"]
+    )
 
 
 def test_search(opened: Any, program: Program) -> None:
@@ -237,7 +245,9 @@ def test_search(opened: Any, program: Program) -> None:
 
 
 def test_the_keyboard_reaches_everything(opened: Any, program: Program) -> None:
-    for key, name in zip("12345", ("changes", "graph", "candidates", "costs", "search"), strict=True):
+    for key, name in zip(
+        "12345", ("changes", "graph", "candidates", "costs", "search"), strict=True
+    ):
         opened.keyboard.press(key)
         assert opened.locator(f"#panel-{name}").is_visible()
         assert opened.locator("[role=tabpanel]:visible").count() == 1
@@ -273,13 +283,13 @@ HOSTILE = '</script><img src=x onerror="document.title=1"><script>document.title
 def test_names_never_run(browser: Any, program: Program, tmp_path: Path) -> None:
     """A layer, a source, an op and the model's name with markup in them are text."""
     subject = subject_of(program)
+    names = re.compile(r"model\.layers\.1|modeling_llama\.py")
     steps = tuple(
-        replace(step, text=step.text.replace("model.layers.1", HOSTILE).replace("modeling_llama.py", HOSTILE))
-        for step in subject.trace.steps
+        replace(step, text=names.sub(lambda _: HOSTILE, step.text)) for step in subject.trace.steps
     )
-    report = type(subject.report).from_dict(
-        json.loads(json.dumps(subject.report.to_dict()).replace("model.layers.1", "<img src=x onerror=alert(1)>"))
-    )
+    image = "<img src=x onerror=alert(1)>"
+    records = json.dumps(subject.report.to_dict()).replace("model.layers.1", image)
+    report = Report.from_dict(json.loads(records))
     file = tmp_path / "hostile.html"
     hostile = Subject(f"{HOSTILE}{{{{data}}}}", Trace(steps), report)
     file.write_text(render(page_data(hostile)), encoding="utf-8")
@@ -316,9 +326,9 @@ def test_the_real_model_is_small_and_fast(
     size = file.stat().st_size / 1e6
     watched = Watched(browser, file)
     page = watched.page
-    seconds = page.evaluate(
-        "performance.getEntriesByName('first-contentful-paint')[0].startTime"
-    ) / 1e3
+    seconds = (
+        page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime") / 1e3
+    )
     print(f"{size:.2f} MB, first view after {seconds:.2f} s")  # noqa: T201
     assert size <= 5
     assert seconds < 2

@@ -11,14 +11,24 @@ function segmentsOf(rows) {
   for (const row of rows) {
     const line = row.after || row.before;
     const own = line.kind === "call" ? block(line.layer) : "";
-    const name = line.kind === "call" ? (isNumbered(own) ? own : "outside of numbered layers") : "inputs, weights, outputs";
+    const name =
+      line.kind === "call"
+        ? isNumbered(own)
+          ? own
+          : "outside of numbered layers"
+        : "inputs, weights, outputs";
     const last = segments[segments.length - 1];
     if (last && last.name === name) last.rows.push(row);
     else segments.push({ name, rows: [row] });
   }
   for (const segment of segments) {
     segment.changed = segment.rows.filter((row) => row.change !== "same").length;
-    segment.signature = segment.rows.map((row) => row.change).join() + signature(segment.rows.flatMap((row) => [row.before, row.after]), segment.name);
+    segment.signature =
+      segment.rows.map((row) => row.change).join() +
+      signature(
+        segment.rows.flatMap((row) => [row.before, row.after]),
+        segment.name,
+      );
   }
   return segments;
 }
@@ -39,18 +49,50 @@ function groupsOf(segments) {
 function renderChanges(panel, pass, app) {
   panel.replaceChildren(passHeading(pass));
   if (pass.step === null) {
-    panel.append(h("p", { class: "empty" }, "This pass changed nothing. ", pass.candidates ? `It considered ${pass.candidates} candidates; tab 3 says why they were left alone.` : "It found no candidates."));
+    panel.append(
+      h(
+        "p",
+        { class: "empty" },
+        "This pass changed nothing. ",
+        pass.candidates
+          ? `It considered ${pass.candidates} candidates; tab 3 says why they were left alone.`
+          : "It found no candidates.",
+      ),
+    );
     return;
   }
   const body = h("tbody");
   const before = data.steps[pass.basis].name;
-  const table = h("table", { class: "diff", "aria-label": `lines before and after ${pass.name}` },
+  const table = h(
+    "table",
+    { class: "diff", "aria-label": `lines before and after ${pass.name}` },
     h("colgroup", {}, h("col"), h("col")),
-    h("thead", {}, h("tr", {}, h("th", { scope: "col" }, `before: ${before === "capture" ? "as captured" : `after ${before}`}`), h("th", { scope: "col" }, `after ${pass.name}`))),
-    body);
+    h(
+      "thead",
+      {},
+      h(
+        "tr",
+        {},
+        h(
+          "th",
+          { scope: "col" },
+          `before: ${before === "capture" ? "as captured" : `after ${before}`}`,
+        ),
+        h("th", { scope: "col" }, `after ${pass.name}`),
+      ),
+    ),
+    body,
+  );
   for (const group of groupsOf(segmentsOf(rowsOf(pass)))) {
     if (!group[0].changed) {
-      body.append(foldOf(group.flatMap((segment) => segment.rows), titleOf(group), pass, app));
+      body.append(
+        foldOf(
+          group.flatMap((segment) => segment.rows),
+          titleOf(group),
+          pass,
+          app,
+        ),
+      );
       continue;
     }
     showSegment(body, group[0], pass, app);
@@ -76,23 +118,44 @@ function passHeading(pass) {
   const counts = { added: 0, removed: 0, changed: 0 };
   for (const row of rowsOf(pass)) if (row.change !== "same") counts[row.change] += 1;
   const delta = Object.entries(pass.delta).sort((a, b) => Math.abs(b[1]) - Math.abs(a[1]));
-  const chips = delta.map(([op, count]) => h("span", { class: `chip ${count > 0 ? "added" : "removed"}` }, `${count > 0 ? "+" : "−"}${Math.abs(count)} ${op}`));
-  const legend = Object.entries(counts).map(([kind, count]) => h("span", { class: `count ${kind}`, data: { count: kind } }, h("b", { class: "sign" }, SIGNS[kind]), ` ${count} ${kind}`));
-  return h("div", { class: "heading" },
+  const chips = delta.map(([op, count]) =>
+    h(
+      "span",
+      { class: `chip ${count > 0 ? "added" : "removed"}` },
+      `${count > 0 ? "+" : "−"}${Math.abs(count)} ${op}`,
+    ),
+  );
+  const legend = Object.entries(counts).map(([kind, count]) =>
+    h(
+      "span",
+      { class: `count ${kind}`, data: { count: kind } },
+      h("b", { class: "sign" }, SIGNS[kind]),
+      ` ${count} ${kind}`,
+    ),
+  );
+  return h(
+    "div",
+    { class: "heading" },
     h("h2", {}, pass.name, h("small", {}, ` ${pass.stage} · ${data.explain[pass.index].summary}`)),
     pass.step === null ? null : h("p", { class: "legend" }, ...legend),
-    chips.length ? h("p", { class: "chips" }, ...chips) : null);
+    chips.length ? h("p", { class: "chips" }, ...chips) : null,
+  );
 }
 
 function titleOf(group) {
   const names = [...new Set(group.map((segment) => segment.name))];
   const numbered = names.filter(isNumbered);
-  return [...names.filter((name) => !isNumbered(name)), ...(numbered.length ? [nameRange(numbered)] : [])].join("; ");
+  return [
+    ...names.filter((name) => !isNumbered(name)),
+    ...(numbered.length ? [nameRange(numbered)] : []),
+  ].join("; ");
 }
 
 /** The rows of one layer, long unchanged runs folded. */
 function showSegment(body, segment, pass, app) {
-  body.append(h("tr", { class: "layer" }, h("th", { colspan: 2, scope: "rowgroup" }, segment.name)));
+  body.append(
+    h("tr", { class: "layer" }, h("th", { colspan: 2, scope: "rowgroup" }, segment.name)),
+  );
   const rows = segment.rows;
   for (let i = 0; i < rows.length;) {
     let end = i;
@@ -114,7 +177,10 @@ function foldOf(rows, title, pass, app, from = "") {
   const fold = h("tr", { class: "fold" });
   const open = () => {
     const rest = rows.slice(CHUNK);
-    fold.replaceWith(...rows.slice(0, CHUNK).map((row) => rowOf(row, pass, app, from)), ...(rest.length ? [foldOf(rest, "", pass, app, from)] : []));
+    fold.replaceWith(
+      ...rows.slice(0, CHUNK).map((row) => rowOf(row, pass, app, from)),
+      ...(rest.length ? [foldOf(rest, "", pass, app, from)] : []),
+    );
   };
   const text = `${rows.length} unchanged ${rows.length > 1 ? "lines" : "line"}${title ? `: ${title}` : ""}`;
   fold.append(h("td", { colspan: 2 }, h("button", { on: { click: open } }, `⋯ ${text}`)));
@@ -123,27 +189,43 @@ function foldOf(rows, title, pass, app, from = "") {
 
 /** from: the layer that the row stands below. */
 function rowOf(row, pass, app, from) {
-  const marked = row.change === "changed" ? differing(code(row.before), code(row.after)) : [null, null];
-  return h("tr", { class: row.change, data: { change: row.change } },
+  const marked =
+    row.change === "changed" ? differing(code(row.before), code(row.after)) : [null, null];
+  return h(
+    "tr",
+    { class: row.change, data: { change: row.change } },
     cellOf(row.before, row.change === "added" ? "" : row.change, marked[0], pass.basis, app, from),
-    cellOf(row.after, row.change === "removed" ? "" : row.change, marked[1], pass.step, app, from));
+    cellOf(row.after, row.change === "removed" ? "" : row.change, marked[1], pass.step, app, from),
+  );
 }
 
 function cellOf(line, kind, marked, where, app, from) {
   if (!line) return h("td", { class: "none" });
-  const tokens = tokensOf(code(line)).map((token, i) => (marked && marked[i] ? h("mark", {}, token) : token));
+  const tokens = tokensOf(code(line)).map((token, i) =>
+    marked && marked[i] ? h("mark", {}, token) : token,
+  );
   const comment = place(line, from);
-  const cell = h("td", { data: { entry: line.index } },
+  const cell = h(
+    "td",
+    { data: { entry: line.index } },
     h("span", { class: "sign", role: "img", "aria-label": kind || "none" }, SIGNS[kind] || ""),
-    h("code", {}, ...tokens, comment ? h("span", { class: "place" }, `  # ${comment}`) : null));
+    h("code", {}, ...tokens, comment ? h("span", { class: "place" }, `  # ${comment}`) : null),
+  );
   if (line.kind === "head" || line.kind === "return") return cell;
   const pick = () => app.select(line, where);
   const first = cell.querySelector("code");
   first.tabIndex = 0;
   first.setAttribute("role", "button");
   first.setAttribute("aria-label", `${label(line)} ${line.op}`);
-  first.addEventListener("click", () => { if (String(window.getSelection()) === "") pick(); });
-  first.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); pick(); } });
+  first.addEventListener("click", () => {
+    if (String(window.getSelection()) === "") pick();
+  });
+  first.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" || event.key === " ") {
+      event.preventDefault();
+      pick();
+    }
+  });
   return cell;
 }
 
@@ -155,13 +237,17 @@ function differing(before, after) {
   const table = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
   for (let i = a.length - 1; i >= 0; i -= 1) {
     for (let j = b.length - 1; j >= 0; j -= 1) {
-      table[i][j] = a[i] === b[j] ? table[i + 1][j + 1] + 1 : Math.max(table[i + 1][j], table[i][j + 1]);
+      table[i][j] =
+        a[i] === b[j] ? table[i + 1][j + 1] + 1 : Math.max(table[i + 1][j], table[i][j + 1]);
     }
   }
   const marks = [a.map(() => true), b.map(() => true)];
   for (let i = 0, j = 0; i < a.length && j < b.length;) {
-    if (a[i] === b[j]) { marks[0][i] = marks[1][j] = false; i += 1; j += 1; }
-    else if (table[i + 1][j] >= table[i][j + 1]) i += 1;
+    if (a[i] === b[j]) {
+      marks[0][i] = marks[1][j] = false;
+      i += 1;
+      j += 1;
+    } else if (table[i + 1][j] >= table[i][j + 1]) i += 1;
     else j += 1;
   }
   return marks;

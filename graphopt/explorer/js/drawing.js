@@ -10,7 +10,11 @@ const FAMILIES = [
   ["attention", "attention", /attention/],
   ["cache, lookup", "lookup", /kv_write|embedding|index|gather|select/],
   ["norm, rope, gate", "fused", /norm|rope|glu/],
-  ["shape only", "shape", /view|reshape|transpose|permute|expand|squeeze|slice|split|chunk|cat|contiguous|sym_size|sym\.|aten\.to|clone|select/],
+  [
+    "shape only",
+    "shape",
+    /view|reshape|transpose|permute|expand|squeeze|slice|split|chunk|cat|contiguous|sym_size|sym\.|aten\.to|clone|select/,
+  ],
   ["elementwise, other", "other", /./],
 ];
 
@@ -28,7 +32,10 @@ function regionsOf(pass) {
     if (!blocks.has(name)) blocks.set(name, { rows: [], changed: 0 });
     return blocks.get(name);
   };
-  const rows = pass.step === null ? step(pass.basis).lines.map((line) => ({ before: line, after: line, change: "same" })) : rowsOf(pass);
+  const rows =
+    pass.step === null
+      ? step(pass.basis).lines.map((line) => ({ before: line, after: line, change: "same" }))
+      : rowsOf(pass);
   for (const row of rows) {
     const line = row.after || row.before;
     if (line.kind !== "call") continue;
@@ -39,7 +46,10 @@ function regionsOf(pass) {
   const alike = new Map();
   for (const [name, found] of blocks) {
     const key = isNumbered(name)
-      ? `${name.replace(/\d+$/, "#")} ${found.rows.map((row) => row.change)} ${signature(found.rows.flatMap((row) => [row.before, row.after]), name)}`
+      ? `${name.replace(/\d+$/, "#")} ${found.rows.map((row) => row.change)} ${signature(
+          found.rows.flatMap((row) => [row.before, row.after]),
+          name,
+        )}`
       : name;
     if (!alike.has(key)) alike.set(key, { names: [], changed: found.changed });
     alike.get(key).names.push(name);
@@ -56,18 +66,28 @@ function regionsOf(pass) {
 /** The region that the tab starts with: the first changed layer that stands for the most. */
 function firstRegion(pass) {
   const regions = regionsOf(pass);
-  const rank = (region) => (region.changed ? 1e6 : 0) + (isNumbered(region.name) ? 1e3 : 0) + region.names.length;
+  const rank = (region) =>
+    (region.changed ? 1e6 : 0) + (isNumbered(region.name) ? 1e3 : 0) + region.names.length;
   return regions.reduce((best, region) => (rank(region) > rank(best) ? region : best), regions[0]);
 }
 
 /** Lines of a block, or around a line. */
 function regionLines(where, region, around) {
-  if (!around) return where.lines.filter((line) => line.kind === "call" && block(line.layer) === region.name);
-  const start = around.id ? where.values.get(around.id) : where.lines.find((line) => line.index === around.index);
+  if (!around)
+    return where.lines.filter((line) => line.kind === "call" && block(line.layer) === region.name);
+  const start = where.values.get(around.id);
   const found = new Set(start && start.kind === "call" ? [start] : []);
   let edge = [...found];
   for (let i = 0; i < AROUND; i += 1) {
-    edge = edge.flatMap((line) => [...line.references.map((name) => where.values.get(name)), ...usersOf(where, line.id)]).filter((line) => line && line.kind === "call" && !line.type.startsWith("size[") && !found.has(line));
+    edge = edge
+      .flatMap((line) => [
+        ...line.references.map((name) => where.values.get(name)),
+        ...usersOf(where, line.id),
+      ])
+      .filter(
+        (line) =>
+          line && line.kind === "call" && !line.type.startsWith("size[") && !found.has(line),
+      );
     for (const line of edge) found.add(line);
   }
   return where.lines.filter((line) => found.has(line));
@@ -79,17 +99,42 @@ function renderGraph(panel, pass, state, app) {
   const names = new Set(regions.map((region) => region.name));
   const region = regions.find((found) => found.names.includes(state.region)) || firstRegion(pass);
   const around = state.around;
-  const picker = h("select", { id: "region", on: { change: (event) => app.draw(event.target.value) } },
-    ...[...regions].sort((a, b) => (b.changed > 0) - (a.changed > 0)).map((found) => h("option", { value: found.name }, `${found.title}${found.changed ? `, ${found.changed} changed` : ""}`)));
+  const picker = h(
+    "select",
+    { id: "region", on: { change: (event) => app.draw(event.target.value) } },
+    ...[...regions]
+      .sort((a, b) => (b.changed > 0) - (a.changed > 0))
+      .map((found) =>
+        h(
+          "option",
+          { value: found.name },
+          `${found.title}${found.changed ? `, ${found.changed} changed` : ""}`,
+        ),
+      ),
+  );
   picker.value = region && names.has(region.name) ? region.name : "";
   if (around) {
     picker.prepend(h("option", { value: "" }, `around ${label(around)} (${AROUND} steps)`));
     picker.value = "";
   }
-  const legend = h("p", { class: "legend families" }, ...FAMILIES.map(([title, name]) => h("span", {}, h("i", { class: `swatch ${name}` }), title)));
-  panel.replaceChildren(h("div", { class: "heading" },
-    h("h2", {}, pass.name, h("small", {}, ` ${pass.stage} · ${data.explain[pass.index].summary}`)),
-    h("div", { class: "controls" }, h("label", { class: "field" }, "layer ", picker), legend)));
+  const legend = h(
+    "p",
+    { class: "legend families" },
+    ...FAMILIES.map(([title, name]) => h("span", {}, h("i", { class: `swatch ${name}` }), title)),
+  );
+  panel.replaceChildren(
+    h(
+      "div",
+      { class: "heading" },
+      h(
+        "h2",
+        {},
+        pass.name,
+        h("small", {}, ` ${pass.stage} · ${data.explain[pass.index].summary}`),
+      ),
+      h("div", { class: "controls" }, h("label", { class: "field" }, "layer ", picker), legend),
+    ),
+  );
   const changes = new Map();
   if (pass.step !== null) {
     for (const row of rowsOf(pass)) {
@@ -100,9 +145,13 @@ function renderGraph(panel, pass, state, app) {
   }
   const sides = h("div", { class: "sides" });
   panel.append(sides);
-  const shown = pass.step === null
-    ? [["unchanged by", pass.basis, "a"]]
-    : [["before", pass.basis, "b"], ["after", pass.step, "a"]];
+  const shown =
+    pass.step === null
+      ? [["unchanged by", pass.basis, "a"]]
+      : [
+          ["before", pass.basis, "b"],
+          ["after", pass.step, "a"],
+        ];
   // Both frames first: how wide they are decides how the drawings fit.
   const frames = shown.map(() => {
     const frame = h("figure", {});
@@ -112,7 +161,14 @@ function renderGraph(panel, pass, state, app) {
   shown.forEach(([word, index, side], i) => {
     const where = step(index);
     const lines = regionLines(where, region, around);
-    drawSide(frames[i], `${word} ${pass.name}`, where, lines, (line) => changes.get(`${side}${line.index}`), app);
+    drawSide(
+      frames[i],
+      `${word} ${pass.name}`,
+      where,
+      lines,
+      (line) => changes.get(`${side}${line.index}`),
+      app,
+    );
   });
 }
 
@@ -120,7 +176,11 @@ function renderGraph(panel, pass, state, app) {
 function drawSide(figure, title, where, lines, changeOf, app) {
   const shown = lines.slice(0, MOST_NODES);
   const cut = lines.length - shown.length;
-  const bar = h("figcaption", {}, h("span", {}, `${title}: ${shown.length} nodes${cut ? ` of ${lines.length}` : ""}`));
+  const bar = h(
+    "figcaption",
+    {},
+    h("span", {}, `${title}: ${shown.length} nodes${cut ? ` of ${lines.length}` : ""}`),
+  );
   const host = h("div", { class: "canvas" });
   figure.append(bar, host);
   if (!shown.length) {
@@ -128,42 +188,142 @@ function drawSide(figure, title, where, lines, changeOf, app) {
     return;
   }
   const { nodes, edges, width, height } = layOut(where, shown);
-  const svg = d3.select(host).append("svg").attr("role", "group").attr("aria-label", `drawing of the graph ${title}, ${shown.length} nodes`);
+  const svg = d3
+    .select(host)
+    .append("svg")
+    .attr("role", "group")
+    .attr("aria-label", `drawing of the graph ${title}, ${shown.length} nodes`);
   const scene = svg.append("g");
-  const curve = d3.line((p) => p.x, (p) => p.y).curve(d3.curveBasis);
-  scene.append("g").selectAll("path").data(edges).join("path").attr("class", "edge").attr("d", (edge) => curve(edge.points));
-  scene.append("g").selectAll("path").data(edges).join("path").attr("class", "tip").attr("d", (edge) => arrow(edge.points));
-  const drawn = scene.append("g").selectAll("g").data(nodes).join("g")
-    .attr("class", (node) => `node ${family(node.line)} ${node.isInside ? changeOf(node.line) || "" : "outside"}`)
-    .attr("transform", (node) => `translate(${node.x - node.width / 2},${node.y - node.height / 2})`)
+  const curve = d3
+    .line(
+      (p) => p.x,
+      (p) => p.y,
+    )
+    .curve(d3.curveBasis);
+  scene
+    .append("g")
+    .selectAll("path")
+    .data(edges)
+    .join("path")
+    .attr("class", "edge")
+    .attr("d", (edge) => curve(edge.points));
+  scene
+    .append("g")
+    .selectAll("path")
+    .data(edges)
+    .join("path")
+    .attr("class", "tip")
+    .attr("d", (edge) => arrow(edge.points));
+  const drawn = scene
+    .append("g")
+    .selectAll("g")
+    .data(nodes)
+    .join("g")
+    .attr(
+      "class",
+      (node) =>
+        `node ${family(node.line)} ${node.isInside ? changeOf(node.line) || "" : "outside"}`,
+    )
+    .attr(
+      "transform",
+      (node) => `translate(${node.x - node.width / 2},${node.y - node.height / 2})`,
+    )
     .attr("data-entry", (node) => node.line.index)
-    .attr("tabindex", 0).attr("role", "button")
-    .attr("aria-label", (node) => [label(node.line), node.line.op, node.line.type, changeOf(node.line)].filter(Boolean).join(", "))
+    .attr("tabindex", 0)
+    .attr("role", "button")
+    .attr("aria-label", (node) =>
+      [label(node.line), node.line.op, node.line.type, changeOf(node.line)]
+        .filter(Boolean)
+        .join(", "),
+    )
     .on("click", (event, node) => app.select(node.line, where.index))
-    .on("keydown", (event, node) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); app.select(node.line, where.index); } });
-  drawn.append("rect").attr("class", "box").attr("width", (node) => node.width).attr("height", (node) => node.height).attr("rx", 5);
-  drawn.append("rect").attr("class", "stripe").attr("width", 6).attr("height", (node) => node.height).attr("rx", 3);
+    .on("keydown", (event, node) => {
+      if (event.key === "Enter" || event.key === " ") {
+        event.preventDefault();
+        app.select(node.line, where.index);
+      }
+    });
+  drawn
+    .append("rect")
+    .attr("class", "box")
+    .attr("width", (node) => node.width)
+    .attr("height", (node) => node.height)
+    .attr("rx", 5);
+  drawn
+    .append("rect")
+    .attr("class", "stripe")
+    .attr("width", 6)
+    .attr("height", (node) => node.height)
+    .attr("rx", 3);
   drawn.each(function write(node) {
-    node.texts.forEach((text, i) => d3.select(this).append("text").attr("class", i ? "minor" : "major").attr("x", 14).attr("y", 17 + i * LINE_HEIGHT).text(text));
+    node.texts.forEach((text, i) =>
+      d3
+        .select(this)
+        .append("text")
+        .attr("class", i ? "minor" : "major")
+        .attr("x", 14)
+        .attr("y", 17 + i * LINE_HEIGHT)
+        .text(text),
+    );
     const sign = node.isInside ? SIGNS[changeOf(node.line)] : "";
-    if (sign) d3.select(this).append("text").attr("class", "badge").attr("x", node.width - 16).attr("y", 18).text(sign);
-    d3.select(this).append("title").text(`${code(node.line)}\n${place(node.line)}`);
+    if (sign)
+      d3.select(this)
+        .append("text")
+        .attr("class", "badge")
+        .attr("x", node.width - 16)
+        .attr("y", 18)
+        .text(sign);
+    d3.select(this)
+      .append("title")
+      .text(`${code(node.line)}\n${place(node.line)}`);
   });
   const box = DOMRect.fromRect(host.getBoundingClientRect());
-  const zoom = d3.zoom().scaleExtent([0.05, 4]).extent(() => [[0, 0], [box.width, box.height]]).on("zoom", (event) => scene.attr("transform", event.transform));
+  const zoom = d3
+    .zoom()
+    .scaleExtent([0.05, 4])
+    .extent(() => [
+      [0, 0],
+      [box.width, box.height],
+    ])
+    .on("zoom", (event) => scene.attr("transform", event.transform));
   svg.call(zoom).on("dblclick.zoom", null);
   const fit = () => {
     const scale = Math.min(box.width / (width + 24), box.height / (height + 24), 1.2);
-    svg.call(zoom.transform, d3.zoomIdentity.translate((box.width - width * scale) / 2, (box.height - height * scale) / 2).scale(scale));
+    svg.call(
+      zoom.transform,
+      d3.zoomIdentity
+        .translate((box.width - width * scale) / 2, (box.height - height * scale) / 2)
+        .scale(scale),
+    );
   };
-  const button = (text, name, run) => h("button", { "aria-label": `${name}, ${title}`, title: name, on: { click: run } }, text);
-  bar.append(h("span", { class: "zoom" }, button("−", "zoom out", () => svg.call(zoom.scaleBy, 1 / 1.4)), button("+", "zoom in", () => svg.call(zoom.scaleBy, 1.4)), button("fit", "show all", fit)));
+  const button = (text, name, run) =>
+    h("button", { "aria-label": `${name}, ${title}`, title: name, on: { click: run } }, text);
+  bar.append(
+    h(
+      "span",
+      { class: "zoom" },
+      button("−", "zoom out", () => svg.call(zoom.scaleBy, 1 / 1.4)),
+      button("+", "zoom in", () => svg.call(zoom.scaleBy, 1.4)),
+      button("fit", "show all", fit),
+    ),
+  );
   // Readable first: all of it when that can be read, else the first change in a size that can.
-  const scale = Math.min(1, Math.max(SMALLEST, Math.min(box.width / (width + 24), box.height / (height + 24))));
+  const scale = Math.min(
+    1,
+    Math.max(SMALLEST, Math.min(box.width / (width + 24), box.height / (height + 24))),
+  );
   const first = nodes.find((node) => node.isInside && changeOf(node.line)) || nodes[0];
-  const middle = d3.mean(nodes.filter((node) => node.isInside && changeOf(node.line)), (node) => node.x) ?? first.x;
-  const x = width * scale <= box.width ? (box.width - width * scale) / 2 : box.width / 2 - middle * scale;
-  const y = height * scale <= box.height ? (box.height - height * scale) / 2 : Math.min(12, 70 - (first.y - first.height) * scale);
+  const middle =
+    d3.mean(
+      nodes.filter((node) => node.isInside && changeOf(node.line)),
+      (node) => node.x,
+    ) ?? first.x;
+  const x =
+    width * scale <= box.width ? (box.width - width * scale) / 2 : box.width / 2 - middle * scale;
+  const y =
+    height * scale <= box.height
+      ? (box.height - height * scale) / 2
+      : Math.min(12, 70 - (first.y - first.height) * scale);
   svg.call(zoom.transform, d3.zoomIdentity.translate(x, y).scale(scale));
   // What is in the middle stays there when the panel beside it opens.
   new ResizeObserver(() => {
@@ -179,14 +339,23 @@ function drawSide(figure, title, where, lines, changeOf, app) {
 
 /** Places of nodes and edges. Weights and sizes are left out; values from outside are drawn once. */
 function layOut(where, lines) {
-  const graph = new dagre.graphlib.Graph().setGraph({ rankdir: "TB", nodesep: 18, ranksep: 26, marginx: 10, marginy: 10 }).setDefaultEdgeLabel(() => ({}));
+  const graph = new dagre.graphlib.Graph()
+    .setGraph({ rankdir: "TB", nodesep: 18, ranksep: 26, marginx: 10, marginy: 10 })
+    .setDefaultEdgeLabel(() => ({}));
   const inside = new Set(lines);
   const nodes = new Map();
   const add = (line) => {
     const key = String(line.index);
     if (!nodes.has(key)) {
       const texts = textsOf(line, inside.has(line));
-      const node = { key, line, isInside: inside.has(line), texts, width: NODE_WIDTH, height: 10 + texts.length * LINE_HEIGHT };
+      const node = {
+        key,
+        line,
+        isInside: inside.has(line),
+        texts,
+        width: NODE_WIDTH,
+        height: 10 + texts.length * LINE_HEIGHT,
+      };
       nodes.set(key, node);
       graph.setNode(key, node);
     }
@@ -196,12 +365,18 @@ function layOut(where, lines) {
   for (const line of lines) {
     for (const name of line.references) {
       const from = where.values.get(name);
-      if (from && from.kind !== "weight" && !from.type.startsWith("size[")) graph.setEdge(add(from), String(line.index));
+      if (from && from.kind !== "weight" && !from.type.startsWith("size["))
+        graph.setEdge(add(from), String(line.index));
     }
   }
   dagre.layout(graph);
   const { width, height } = graph.graph();
-  return { nodes: [...nodes.values()], edges: graph.edges().map((edge) => graph.edge(edge)), width, height };
+  return {
+    nodes: [...nodes.values()],
+    edges: graph.edges().map((edge) => graph.edge(edge)),
+    width,
+    height,
+  };
 }
 
 const clip = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
@@ -211,7 +386,7 @@ function textsOf(line, isInside) {
   const op = line.kind === "call" ? line.op.split(".")[1] : line.kind;
   if (!isInside) return [clip(`${label(line)} ${op}`, 24), clip(line.type, 28)];
   const tail = line.layer.slice(block(line.layer).length).replace(/^\./, "");
-  return [clip(`${line.id} ${op}`.trim(), 22), clip(tail, 28), clip(line.type, 28)].filter(Boolean);
+  return [clip(`${line.id} ${op}`, 22), clip(tail, 28), clip(line.type, 28)].filter(Boolean);
 }
 
 /** A small triangle at the end of an edge. */
@@ -219,6 +394,7 @@ function arrow(points) {
   const end = points[points.length - 1];
   const from = points[points.length - 2];
   const angle = Math.atan2(end.y - from.y, end.x - from.x);
-  const at = (turn) => `${end.x - 7 * Math.cos(angle + turn)},${end.y - 7 * Math.sin(angle + turn)}`;
+  const at = (turn) =>
+    `${end.x - 7 * Math.cos(angle + turn)},${end.y - 7 * Math.sin(angle + turn)}`;
   return `M${end.x},${end.y}L${at(0.45)}L${at(-0.45)}Z`;
 }

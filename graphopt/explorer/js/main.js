@@ -7,7 +7,10 @@ data.passes.forEach((pass, index) => Object.assign(pass, { index }));
 /** The pass to start with: the one that removed the most nodes, else one that changed something. */
 function firstPass() {
   const gain = (pass) => (pass.step === null ? -1 : pass.before - pass.after);
-  return data.passes.reduce((best, pass) => (gain(pass) > gain(data.passes[best]) ? pass.index : best), 0);
+  return data.passes.reduce(
+    (best, pass) => (gain(pass) > gain(data.passes[best]) ? pass.index : best),
+    0,
+  );
 }
 
 const state = {
@@ -48,7 +51,13 @@ const app = {
   },
   /** Go to a line from a list: the pass that made or found it, the text around it, its details. */
   jump(line, where, pass) {
-    const target = pass >= 0 ? pass : data.passes.findIndex((found) => found.step === where || (where === 0 && found.basis === 0 && found.step !== null));
+    const target =
+      pass >= 0
+        ? pass
+        : data.passes.findIndex(
+            (found) =>
+              found.step === where || (where === 0 && found.basis === 0 && found.step !== null),
+          );
     if (target >= 0) state.pass = target;
     state.region = block(line.layer);
     state.around = null;
@@ -86,8 +95,11 @@ function showHeader() {
   const [first, last] = [data.passes[0], data.passes[data.passes.length - 1]];
   const changed = data.passes.filter((pass) => pass.step !== null).length;
   const time = data.passes.reduce((sum, pass) => sum + pass.ms, 0);
-  at("facts").textContent = `graphopt ${data.graphopt} · ${data.passes.length} passes, ${changed} changed the graph, ${Math.round(time)} ms · ${first.before} → ${last.after} nodes`;
-  at("machine").append(...data.machines.map((machine, index) => h("option", { value: index }, machine.name)));
+  at("facts").textContent =
+    `graphopt ${data.graphopt} · ${data.passes.length} passes, ${changed} changed the graph, ${Math.round(time)} ms · ${first.before} → ${last.after} nodes`;
+  at("machine").append(
+    ...data.machines.map((machine, index) => h("option", { value: index }, machine.name)),
+  );
   at("machine").addEventListener("change", (event) => {
     state.machine = Number(event.target.value);
     if (state.tab === "costs") showTab();
@@ -100,29 +112,56 @@ function showPasses() {
   let stage = "";
   const items = [];
   for (const pass of data.passes) {
-    if (pass.stage !== stage) items.push(h("li", { class: "stage", role: "presentation" }, pass.stage));
+    if (pass.stage !== stage)
+      items.push(h("li", { class: "stage", role: "presentation" }, pass.stage));
     stage = pass.stage;
     const delta = pass.after - pass.before;
     const moved = delta ? `${delta > 0 ? "+" : "−"}${Math.abs(delta)}` : "=";
     const bar = h("span", { class: "time", "aria-hidden": "true" });
     bar.style.width = `${Math.max(1, (100 * pass.ms) / slowest)}%`;
-    items.push(h("li", {}, h("button", {
-      class: `pass${pass.step === null ? " idle" : ""}`,
-      data: { pass: pass.index },
-      "aria-current": pass.index === state.pass ? "true" : null,
-      "aria-label": `${pass.name}, ${Math.round(pass.ms)} milliseconds, ${pass.sites} sites, nodes ${pass.before} to ${pass.after}${pass.step === null ? ", changed nothing" : ""}`,
-      title: `nodes ${pass.before} → ${pass.after}; verified in ${Math.round(pass.verify_ms)} ms${pass.rejected ? `; ${pass.rejected} rejected` : ""}`,
-      on: { click: () => app.go(pass.index) },
-    }, h("span", { class: "label" }, pass.name), h("span", { class: "number" }, pass.ms < 10 ? pass.ms.toFixed(1) : Math.round(pass.ms)), h("span", { class: "number" }, pass.sites), h("span", { class: "number" }, pass.step === null ? "" : moved), bar)));
+    items.push(
+      h(
+        "li",
+        {},
+        h(
+          "button",
+          {
+            class: `pass${pass.step === null ? " idle" : ""}`,
+            data: { pass: pass.index },
+            "aria-current": pass.index === state.pass ? "true" : null,
+            "aria-label": `${pass.name}, ${Math.round(pass.ms)} milliseconds, ${pass.sites} sites, nodes ${pass.before} to ${pass.after}${pass.step === null ? ", changed nothing" : ""}`,
+            title: `nodes ${pass.before} → ${pass.after}; verified in ${Math.round(pass.verify_ms)} ms${pass.rejected ? `; ${pass.rejected} rejected` : ""}`,
+            on: { click: () => app.go(pass.index) },
+          },
+          h("span", { class: "label" }, pass.name),
+          h("span", { class: "number" }, pass.ms < 10 ? pass.ms.toFixed(1) : Math.round(pass.ms)),
+          h("span", { class: "number" }, pass.sites),
+          h("span", { class: "number" }, pass.step === null ? "" : moved),
+          bar,
+        ),
+      ),
+    );
   }
   at("passes").replaceChildren(...items);
   at("passes").querySelector("[aria-current]")?.scrollIntoView({ block: "nearest" });
 }
 
 function buildTabs() {
-  at("tabs").append(...TABS.map((name, index) => h("button", {
-    role: "tab", id: `tab-${name}`, "aria-controls": `panel-${name}`, on: { click: () => app.tab(name) },
-  }, h("kbd", { "aria-hidden": "true" }, index + 1), ` ${name[0].toUpperCase()}${name.slice(1)}`)));
+  at("tabs").append(
+    ...TABS.map((name, index) =>
+      h(
+        "button",
+        {
+          role: "tab",
+          id: `tab-${name}`,
+          "aria-controls": `panel-${name}`,
+          on: { click: () => app.tab(name) },
+        },
+        h("kbd", { "aria-hidden": "true" }, index + 1),
+        ` ${name[0].toUpperCase()}${name.slice(1)}`,
+      ),
+    ),
+  );
   at("tabs").addEventListener("keydown", (event) => {
     const move = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!move) return;
@@ -152,14 +191,23 @@ function showTab() {
 function showDetails() {
   const panel = at("details");
   panel.hidden = !state.selected;
-  if (state.selected) renderDetails(panel, state.selected.line, state.selected.where, data.machines[state.machine], app);
+  if (state.selected)
+    renderDetails(
+      panel,
+      state.selected.line,
+      state.selected.where,
+      data.machines[state.machine],
+      app,
+    );
   else panel.replaceChildren();
 }
 
 function markSelected() {
-  for (const element of document.querySelectorAll(".selected")) element.classList.remove("selected");
+  for (const element of document.querySelectorAll(".selected"))
+    element.classList.remove("selected");
   if (!state.selected) return;
-  for (const element of document.querySelectorAll(`[data-entry="${state.selected.line.index}"]`)) element.classList.add("selected");
+  for (const element of document.querySelectorAll(`[data-entry="${state.selected.line.index}"]`))
+    element.classList.add("selected");
 }
 
 document.addEventListener("keydown", (event) => {

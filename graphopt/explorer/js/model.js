@@ -6,10 +6,12 @@ const data = JSON.parse(document.getElementById("data").textContent);
 function h(tag, properties, ...children) {
   const element = document.createElement(tag);
   for (const [key, value] of Object.entries(properties || {})) {
-    if (key === "on") for (const [event, run] of Object.entries(value)) element.addEventListener(event, run);
+    if (key === "on")
+      for (const [event, run] of Object.entries(value)) element.addEventListener(event, run);
     else if (key === "class") element.className = value;
     else if (key === "data") Object.assign(element.dataset, value);
-    else if (value !== null && value !== undefined && value !== false) element.setAttribute(key, value);
+    else if (value !== null && value !== undefined && value !== false)
+      element.setAttribute(key, value);
   }
   element.append(...children.filter((child) => child !== null && child !== undefined));
   return element;
@@ -21,11 +23,36 @@ const decoded = new Map();
 function entry(index) {
   let found = decoded.get(index);
   if (!found) {
-    const [kind, id, type, op, args, references, layer, source, history, flops, bytes, unit, kernel] = data.entries[index];
+    const [
+      kind,
+      id,
+      type,
+      op,
+      args,
+      references,
+      layer,
+      source,
+      history,
+      flops,
+      bytes,
+      unit,
+      kernel,
+    ] = data.entries[index];
     found = {
-      index, kind, id, args, references, history, flops, bytes,
-      type: data.types[type], op: data.ops[op], layer: data.layers[layer], source: data.sources[source],
-      unit: data.units[unit], kernel: data.kernels[kernel],
+      index,
+      kind,
+      id,
+      args,
+      references,
+      history,
+      flops,
+      bytes,
+      type: data.types[type],
+      op: data.ops[op],
+      layer: data.layers[layer],
+      source: data.sources[source],
+      unit: data.units[unit],
+      kernel: data.kernels[kernel],
     };
     decoded.set(index, found);
   }
@@ -37,18 +64,20 @@ function code(line) {
   if (line.kind === "head") return line.args;
   if (line.kind === "return") return `return ${line.args}`;
   if (line.kind !== "call") return `${line.kind} ${line.id} : ${line.type} ${line.args}`.trim();
-  return `${line.id ? `${line.id} : ${line.type}` : "_"} = ${line.op}(${line.args})`;
+  return `${line.id} : ${line.type} = ${line.op}(${line.args})`;
 }
 
 /** "layer | source"; the layer as seen from one of the blocks where that is given. */
 function place(line, from = "") {
   const isInside = from && (line.layer === from || line.layer.startsWith(`${from}.`));
-  return [isInside ? line.layer.slice(from.length + 1) : line.layer, line.source].filter(Boolean).join(" | ");
+  return [isInside ? line.layer.slice(from.length + 1) : line.layer, line.source]
+    .filter(Boolean)
+    .join(" | ");
 }
 
-/** How a line is called in lists: its value, or its op where it has none. */
+/** How a line is called in lists. */
 function label(line) {
-  return line.id || line.op || line.kind;
+  return line.id || line.kind;
 }
 
 const stepCache = new Map();
@@ -59,7 +88,14 @@ function step(index) {
   if (!found) {
     const lines = data.steps[index].lines.map(entry);
     const values = new Map(lines.filter((line) => line.id).map((line) => [line.id, line]));
-    found = { index, name: data.steps[index].name, rows: data.steps[index].rows, lines, values, users: null };
+    found = {
+      index,
+      name: data.steps[index].name,
+      rows: data.steps[index].rows,
+      lines,
+      values,
+      users: null,
+    };
     stepCache.set(index, found);
   }
   return found;
@@ -109,15 +145,17 @@ function signature(lines, own) {
   const escaped = own.replace(/[.*+?^${}()|[\]\\]/g, "\\$&");
   const ownPath = isLayer ? new RegExp(`(?<![\\w.])${escaped}(?!\\w)`, "g") : null;
   const ownInput = isLayer ? new RegExp(`(%[A-Za-z_]\\w*_)${number}(?!\\w)`, "g") : null;
-  return lines.map((line) => {
-    if (!line) return "";
-    let text = `${code(line)} ${line.layer} ${line.source}`;
-    if (isLayer) text = text.replace(ownPath, "#").replace(ownInput, "$1#");
-    return text.replace(/%\d+(?!\w)/g, (name) => {
-      if (!names.has(name)) names.set(name, `%${names.size}`);
-      return names.get(name);
-    });
-  }).join("\n");
+  return lines
+    .map((line) => {
+      if (!line) return "";
+      let text = `${code(line)} ${line.layer} ${line.source}`;
+      if (isLayer) text = text.replace(ownPath, "#").replace(ownInput, "$1#");
+      return text.replace(/%\d+(?!\w)/g, (name) => {
+        if (!names.has(name)) names.set(name, `%${names.size}`);
+        return names.get(name);
+      });
+    })
+    .join("\n");
 }
 
 /** What became of a row: "same", "added", "removed" or "changed". History does not count. */
@@ -139,7 +177,11 @@ function rowsOf(pass) {
     pass.rows = [];
     for (let i = 0; i < flat.length; i += 2) {
       const [a, b] = [flat[i], flat[i + 1]];
-      pass.rows.push({ before: a < 0 ? null : entry(a), after: b < 0 ? null : entry(b), change: change(a, b) });
+      pass.rows.push({
+        before: a < 0 ? null : entry(a),
+        after: b < 0 ? null : entry(b),
+        change: change(a, b),
+      });
     }
   }
   return pass.rows;
@@ -148,8 +190,14 @@ function rowsOf(pass) {
 /** 1234567 -> "1.23 M". */
 function short(value, unit = "") {
   if (value === null || value === undefined) return "not known";
-  const scales = [[1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
-  for (const [size, prefix] of scales) if (Math.abs(value) >= size) return `${trim(value / size)} ${prefix}${unit}`;
+  const scales = [
+    [1e12, "T"],
+    [1e9, "G"],
+    [1e6, "M"],
+    [1e3, "k"],
+  ];
+  for (const [size, prefix] of scales)
+    if (Math.abs(value) >= size) return `${trim(value / size)} ${prefix}${unit}`;
   return `${trim(value)} ${unit}`.trim();
 }
 
@@ -166,7 +214,11 @@ function duration(seconds) {
 /** {seconds, limit} of a line on a machine; null where its cost is not known. */
 function bound(line, machine) {
   if (line.flops === null) return null;
-  const peak = line.unit === "vector" ? machine.vector : machine.matrix[line.unit] ?? machine.matrix.f32;
+  const peak =
+    line.unit === "vector" ? machine.vector : (machine.matrix[line.unit] ?? machine.matrix.f32);
   const [arithmetic, traffic] = [line.flops / peak, line.bytes / machine.bytes_per_second];
-  return { seconds: Math.max(arithmetic, traffic), limit: arithmetic > traffic ? "compute" : "memory" };
+  return {
+    seconds: Math.max(arithmetic, traffic),
+    limit: arithmetic > traffic ? "compute" : "memory",
+  };
 }

@@ -26,9 +26,18 @@ function find(query) {
   const words = query.toLowerCase().split(/\s+/).filter(Boolean);
   if (!words.length) return [];
   const isName = words.length === 1 && /^[%@]/.test(words[0]);
-  const edge = isName ? new RegExp(`${words[0].replace(/[.*+?^${}()|[\]\\]/g, "\\$&")}(?![\\w])`) : null;
-  const found = searchIndex().filter(({ text }) => (edge ? edge.test(text) : words.every((word) => text.includes(word))));
-  return isName ? [...found.filter(({ at }) => entry(at).id.toLowerCase() === words[0]), ...found.filter(({ at }) => entry(at).id.toLowerCase() !== words[0])] : found;
+  const edge = isName
+    ? new RegExp(`${words[0].replace(/[.*+?^${}()|[\]\\]/g, "\\$&")}(?![\\w])`)
+    : null;
+  const found = searchIndex().filter(({ text }) =>
+    edge ? edge.test(text) : words.every((word) => text.includes(word)),
+  );
+  return isName
+    ? [
+        ...found.filter(({ at }) => entry(at).id.toLowerCase() === words[0]),
+        ...found.filter(({ at }) => entry(at).id.toLowerCase() !== words[0]),
+      ]
+    : found;
 }
 
 /** The tab's content. */
@@ -38,13 +47,58 @@ function renderSearch(panel, query, app) {
   const rows = found.slice(0, MOST_FOUND).map(({ at, first, last }) => {
     const line = entry(at);
     const where = app.nearest(first, last);
-    return h("tr", {},
-      h("td", {}, h("button", { class: "link", on: { click: () => app.jump(line, where, -1) } }, label(line))),
-      h("td", {}, line.op || line.kind), h("td", { class: "type" }, line.type), h("td", {}, line.layer), h("td", {}, line.source),
-      h("td", { class: "minor" }, first === last ? stepName(first) : `${stepName(first)} to ${data.steps[last].name}`));
+    return h(
+      "tr",
+      {},
+      h(
+        "td",
+        {},
+        h("button", { class: "link", on: { click: () => app.jump(line, where, -1) } }, label(line)),
+      ),
+      h("td", {}, line.op || line.kind),
+      h("td", { class: "type" }, line.type),
+      h("td", {}, line.layer),
+      h("td", {}, line.source),
+      h(
+        "td",
+        { class: "minor" },
+        first === last ? stepName(first) : `${stepName(first)} to ${data.steps[last].name}`,
+      ),
+    );
   });
-  const summary = !query ? "Type in the search field: an op, a layer, a source line, a value such as %123, or any text; several words must all be there." : `${found.length} lines${found.length > MOST_FOUND ? `, the first ${MOST_FOUND} are shown` : ""}`;
-  panel.replaceChildren(h("div", { class: "heading" }, h("h2", {}, query ? `Search: ${query}` : "Search", h("small", {}, query ? ` ${summary}` : ""))));
+  const summary = !query
+    ? "Type in the search field: an op, a layer, a source line, a value such as %123, or any text; several words must all be there."
+    : `${found.length} lines${found.length > MOST_FOUND ? `, the first ${MOST_FOUND} are shown` : ""}`;
+  panel.replaceChildren(
+    h(
+      "div",
+      { class: "heading" },
+      h(
+        "h2",
+        {},
+        query ? `Search: ${query}` : "Search",
+        h("small", {}, query ? ` ${summary}` : ""),
+      ),
+    ),
+  );
   if (!rows.length) panel.append(h("p", { class: "empty" }, query ? "Nothing found." : summary));
-  else panel.append(h("table", { class: "found" }, h("thead", {}, h("tr", {}, ...["value", "op", "type", "layer", "source", "in the graph"].map((text) => h("th", { scope: "col" }, text)))), h("tbody", {}, ...rows)));
+  else
+    panel.append(
+      h(
+        "table",
+        { class: "found" },
+        h(
+          "thead",
+          {},
+          h(
+            "tr",
+            {},
+            ...["value", "op", "type", "layer", "source", "in the graph"].map((text) =>
+              h("th", { scope: "col" }, text),
+            ),
+          ),
+        ),
+        h("tbody", {}, ...rows),
+      ),
+    );
 }
