@@ -131,6 +131,19 @@ def test_layers_that_are_alike_are_one_choice(opened: Any) -> None:
     assert any(re.match(r"model\.layers\.\{\d-3\} ×[234]", option) for option in options)
 
 
+def test_a_found_node_is_drawn_in_its_own_layer(opened: Any) -> None:
+    """Layers 1 to 3 are one choice; a node of layer 3 is shown there all the same."""
+    opened.keyboard.press("/")
+    opened.keyboard.type("rms_norm layers.3.post")
+    opened.locator(".found button").first.click()
+    selected = opened.locator(".node.selected:not(.outside)")
+    assert selected.count() >= 1
+    assert "model.layers.3" in opened.locator("figcaption").first.inner_text()
+    box, view = selected.first.bounding_box(), opened.locator(".canvas").first.bounding_box()
+    assert box["y"] >= view["y"] - 1
+    assert box["y"] < view["y"] + view["height"]
+
+
 def test_drawings_zoom(opened: Any) -> None:
     opened.keyboard.press("2")
     scene = opened.locator(".canvas svg > g").first

@@ -5,7 +5,7 @@ const MEASURES = [
   ["bytes", "bytes", (value) => short(value, "B")],
   ["seconds", "least time", duration],
 ];
-const CHART = { width: 540, height: 256, left: 62, right: 12, top: 12, bottom: 78 };
+const CHART = { width: 540, height: 264, left: 62, right: 12, top: 12, bottom: 86 };
 
 /** Sums of a step by block: Map of name -> {flops, bytes, seconds, compute, memory}. */
 function sumsOf(where, machine) {

@@ -76,9 +76,9 @@ function renderChanges(panel, pass, app) {
         h(
           "th",
           { scope: "col" },
-          `before: ${before === "capture" ? "as captured" : `after ${before}`}`,
+          `before: ${before === "capture" ? "as captured" : `as ${before} left it`}`,
         ),
-        h("th", { scope: "col" }, `after ${pass.name}`),
+        h("th", { scope: "col" }, `after: as ${pass.name} left it`),
       ),
     ),
     body,
@@ -156,7 +156,7 @@ function showSegment(body, segment, pass, app) {
   body.append(
     h("tr", { class: "layer" }, h("th", { colspan: 2, scope: "rowgroup" }, segment.name)),
   );
-  const rows = segment.rows;
+  const [rows, repeated] = withoutRepeats(segment.rows);
   for (let i = 0; i < rows.length;) {
     let end = i;
     while (end < rows.length && rows[end].change === "same") end += 1;
@@ -168,21 +168,52 @@ function showSegment(body, segment, pass, app) {
       for (const row of rows.slice(last, end)) body.append(rowOf(row, pass, app, segment.name));
     } else for (const row of rows.slice(i, end)) body.append(rowOf(row, pass, app, segment.name));
     if (end < rows.length) body.append(rowOf(rows[end], pass, app, segment.name));
+    if (repeated.has(rows[end])) body.append(foldOf(repeated.get(rows[end]), "alike", pass, app));
     i = end + 1;
   }
 }
 
-/** A button that stands for unchanged rows, and shows some of them at a time. */
+/** Rows without the inputs that differ in their number only (a cache for each layer), where there
+ * are many; and those that are left out, by the row that they come after. */
+function withoutRepeats(rows) {
+  const shapeOf = (row) => {
+    const line = row.after || row.before;
+    return line.kind === "input" && row.change !== "same"
+      ? `${row.change} ${code(line).replace(/_\d+ /, "_# ")}`
+      : "";
+  };
+  const seen = new Set();
+  const isRepeat = (row) => {
+    const shape = shapeOf(row);
+    const found = shape !== "" && seen.has(shape);
+    seen.add(shape);
+    return found;
+  };
+  const repeats = rows.filter(isRepeat);
+  if (repeats.length < FOLD_FROM) return [rows, new Map()];
+  const left = new Set(repeats);
+  return [
+    rows.filter((row) => !left.has(row)),
+    new Map([[rows[rows.indexOf(repeats[0]) - 1], repeats]]),
+  ];
+}
+
+/** A button that stands for unchanged rows (or "alike": for rows like the ones above), and shows
+ * some of them at a time. */
 function foldOf(rows, title, pass, app, from = "") {
-  const fold = h("tr", { class: "fold" });
+  const isAlike = title === "alike";
+  const fold = h("tr", { class: isAlike ? "fold alike" : "fold" });
   const open = () => {
     const rest = rows.slice(CHUNK);
     fold.replaceWith(
       ...rows.slice(0, CHUNK).map((row) => rowOf(row, pass, app, from)),
-      ...(rest.length ? [foldOf(rest, "", pass, app, from)] : []),
+      ...(rest.length ? [foldOf(rest, isAlike ? title : "", pass, app, from)] : []),
     );
   };
-  const text = `${rows.length} unchanged ${rows.length > 1 ? "lines" : "line"}${title ? `: ${title}` : ""}`;
+  const noun = rows.length > 1 ? "lines" : "line";
+  const text = isAlike
+    ? `${rows.length} more ${noun} that differ in their number only`
+    : `${rows.length} unchanged ${noun}${title ? `: ${title}` : ""}`;
   fold.append(h("td", { colspan: 2 }, h("button", { on: { click: open } }, `⋯ ${text}`)));
   return fold;
 }

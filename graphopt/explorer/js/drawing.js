@@ -2,6 +2,7 @@
 
 const MOST_NODES = 250;
 const AROUND = 3;
+const MOST_READERS = 3;
 const NODE_WIDTH = 198;
 const SMALLEST = 0.72;
 const LINE_HEIGHT = 14;
@@ -72,9 +73,9 @@ function firstRegion(pass) {
 }
 
 /** Lines of a block, or around a line. */
-function regionLines(where, region, around) {
+function regionLines(where, name, around) {
   if (!around)
-    return where.lines.filter((line) => line.kind === "call" && block(line.layer) === region.name);
+    return where.lines.filter((line) => line.kind === "call" && block(line.layer) === name);
   const start = where.values.get(around.id);
   const found = new Set(start && start.kind === "call" ? [start] : []);
   let edge = [...found];
@@ -96,8 +97,13 @@ function regionLines(where, region, around) {
 /** The tab's content. state: {region: name or null, around: line or null}. */
 function renderGraph(panel, pass, state, app) {
   const regions = regionsOf(pass);
-  const names = new Set(regions.map((region) => region.name));
   const region = regions.find((found) => found.names.includes(state.region)) || firstRegion(pass);
+  if (!region) {
+    panel.replaceChildren(h("p", { class: "empty" }, "This graph calls nothing."));
+    return;
+  }
+  // Of layers that are alike, the one that was asked for.
+  const drawn = region.names.includes(state.region) ? state.region : region.name;
   const around = state.around;
   const picker = h(
     "select",
@@ -112,7 +118,7 @@ function renderGraph(panel, pass, state, app) {
         ),
       ),
   );
-  picker.value = region && names.has(region.name) ? region.name : "";
+  picker.value = region.name;
   if (around) {
     picker.prepend(h("option", { value: "" }, `around ${label(around)} (${AROUND} steps)`));
     picker.value = "";
@@ -147,7 +153,7 @@ function renderGraph(panel, pass, state, app) {
   panel.append(sides);
   const shown =
     pass.step === null
-      ? [["unchanged by", pass.basis, "a"]]
+      ? [["unchanged", pass.basis, "a"]]
       : [
           ["before", pass.basis, "b"],
           ["after", pass.step, "a"],
@@ -160,26 +166,29 @@ function renderGraph(panel, pass, state, app) {
   });
   shown.forEach(([word, index, side], i) => {
     const where = step(index);
-    const lines = regionLines(where, region, around);
+    const lines = regionLines(where, drawn, around);
+    const title = `${word}: ${around ? `around ${label(around)}` : drawn || "outside of all layers"}`;
     drawSide(
       frames[i],
-      `${word} ${pass.name}`,
+      title,
       where,
       lines,
       (line) => changes.get(`${side}${line.index}`),
+      state.selected?.line.index,
       app,
     );
   });
 }
 
-/** One drawing. changeOf: line -> "added", "removed", "changed" or undefined. */
-function drawSide(figure, title, where, lines, changeOf, app) {
+/** One drawing. changeOf: line -> "added", "removed", "changed" or undefined; selected: index of
+ * the line to have in view. */
+function drawSide(figure, title, where, lines, changeOf, selected, app) {
   const shown = lines.slice(0, MOST_NODES);
   const cut = lines.length - shown.length;
   const bar = h(
     "figcaption",
     {},
-    h("span", {}, `${title}: ${shown.length} nodes${cut ? ` of ${lines.length}` : ""}`),
+    h("span", {}, `${title}, ${shown.length} nodes${cut ? ` of ${lines.length}` : ""}`),
   );
   const host = h("div", { class: "canvas" });
   figure.append(bar, host);
@@ -192,7 +201,7 @@ function drawSide(figure, title, where, lines, changeOf, app) {
     .select(host)
     .append("svg")
     .attr("role", "group")
-    .attr("aria-label", `drawing of the graph ${title}, ${shown.length} nodes`);
+    .attr("aria-label", `drawing, ${title}, ${shown.length} nodes`);
   const scene = svg.append("g");
   const curve = d3
     .line(
@@ -312,12 +321,10 @@ function drawSide(figure, title, where, lines, changeOf, app) {
     1,
     Math.max(SMALLEST, Math.min(box.width / (width + 24), box.height / (height + 24))),
   );
-  const first = nodes.find((node) => node.isInside && changeOf(node.line)) || nodes[0];
-  const middle =
-    d3.mean(
-      nodes.filter((node) => node.isInside && changeOf(node.line)),
-      (node) => node.x,
-    ) ?? first.x;
+  const changed = nodes.filter((node) => node.isInside && changeOf(node.line));
+  const wanted = nodes.find((node) => node.line.index === selected);
+  const first = wanted || changed[0] || nodes[0];
+  const middle = wanted ? wanted.x : (d3.mean(changed, (node) => node.x) ?? first.x);
   const x =
     width * scale <= box.width ? (box.width - width * scale) / 2 : box.width / 2 - middle * scale;
   const y =
@@ -337,7 +344,13 @@ function drawSide(figure, title, where, lines, changeOf, app) {
   }).observe(host);
 }
 
-/** Places of nodes and edges. Weights and sizes are left out; values from outside are drawn once. */
+/** False for weights, sizes, and inputs that every layer reads: they would hide the rest. */
+function isDrawn(where, line) {
+  if (line.kind === "weight" || line.type.startsWith("size[")) return false;
+  return line.kind !== "input" || usersOf(where, line.id).length <= MOST_READERS;
+}
+
+/** Places of nodes and edges; values from outside are drawn once. */
 function layOut(where, lines) {
   const graph = new dagre.graphlib.Graph()
     .setGraph({ rankdir: "TB", nodesep: 18, ranksep: 26, marginx: 10, marginy: 10 })
@@ -365,8 +378,7 @@ function layOut(where, lines) {
   for (const line of lines) {
     for (const name of line.references) {
       const from = where.values.get(name);
-      if (from && from.kind !== "weight" && !from.type.startsWith("size["))
-        graph.setEdge(add(from), String(line.index));
+      if (from && isDrawn(where, from)) graph.setEdge(add(from), String(line.index));
     }
   }
   dagre.layout(graph);

@@ -62,9 +62,10 @@ const app = {
     state.region = block(line.layer);
     state.around = null;
     state.tab = line.kind === "call" ? "graph" : "changes";
+    state.selected = { line, where };
     showPasses();
+    showDetails();
     showTab();
-    app.select(line, where);
   },
   /** Draw a layer. */
   draw(region) {
