@@ -240,7 +240,7 @@ function cellOf(line, kind, marked, where, app, from) {
     "td",
     { data: { entry: line.index } },
     h("span", { class: "sign", role: "img", "aria-label": kind || "none" }, SIGNS[kind] || ""),
-    h("code", {}, ...tokens, comment ? h("span", { class: "place" }, `  # ${comment}`) : null),
+    h("code", {}, ...tokens, comment ? h("span", { class: "place" }, `# ${comment}`) : null),
   );
   if (line.kind === "head" || line.kind === "return") return cell;
   const pick = () => app.select(line, where);
