@@ -242,3 +242,4 @@ showHeader();
 buildTabs();
 showPasses();
 showTab();
+performance.mark("shown");
