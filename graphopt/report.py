@@ -66,7 +66,8 @@ class Absorbed:
 class Candidate:
     """A node that a pass considered, and what became of it.
 
-    node, op: its name and op; layer, source: where it is, "" where that is not known.
+    node, op: its name in the graph text that the pass found ("%12"), and its op; layer, source:
+    where it is, "" where that is not known.
     """
 
     node: str

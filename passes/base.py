@@ -20,7 +20,7 @@ from torch import fx
 
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.clean import remove_dead
-from graphopt.ir.graph import Graph, op_name
+from graphopt.ir.graph import Graph, op_name, value_name
 from graphopt.passes.changes import watched
 from graphopt.report import LIMIT, Absorbed, Candidate, Rejection, Site
 
@@ -121,16 +121,17 @@ def run_pass(pass_: Pass[Any], graph: Graph, limit: int | None = None) -> tuple[
             elif limit is not None and len(site_nodes) >= limit:
                 text = f"the limit of {limit} rewrites was reached"
                 mend = f"raise or drop limits={{{pass_.name!r}: {limit}}}"
-                result = Rejection(LIMIT, text, node.name, layer, source, mend)
+                result = Rejection(LIMIT, text, value_name(node), layer, source, mend)
             else:
                 name, remark = f"{pass_.name}#{len(site_nodes)}", pass_.remark(bound)
                 result = Site(name, layer, source, remark=remark)
                 site_nodes[result.name] = node
-            found[node] = Candidate(node.name, op_name(node), layer, source, result)
+            found[node] = Candidate(value_name(node), op_name(node), layer, source, result)
             if isinstance(result, Site):
                 with builder.at(node, result.name), changes.by(result.name):
                     pass_.rewrite(builder, bound)
         remove_dead(graph)
+    changes.tell_histories()
     for name, node in site_nodes.items():
         site = found[node].result
         assert isinstance(site, Site)
@@ -144,7 +145,7 @@ def _rejection(reject: Reject, layer: str, source: str) -> Rejection:
     return Rejection(
         reject.code,
         reject.text,
-        reject.node.name,
+        value_name(reject.node),
         meta.get("layer", "") or layer,
         meta.get("source", "") or source,
         reject.mend,

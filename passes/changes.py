@@ -24,6 +24,7 @@ class Changes:
         self._made_by: dict[fx.Node, str] = {}
         self._freed_by: dict[fx.Node, str] = {}
         self._removed: dict[str, list[str]] = defaultdict(list)
+        self._histories: dict[str, set[str]] = defaultdict(set)
         self._added: dict[str, list[fx.Node]] = defaultdict(list)
         self._site = ""
 
@@ -45,6 +46,13 @@ class Changes:
         kept = (node for node in self._added[site] if self.erased_by.get(node) != site)
         return tuple(op_name(node) for node in kept if node.op == "call_function")
 
+    def tell_histories(self) -> None:
+        """The last call that a rewrite made comes from all that the rewrite removed."""
+        for site, removed in self._histories.items():
+            alive = [node for node in self._added[site] if node not in self.erased_by]
+            if alive:
+                alive[-1].meta["history"] |= removed
+
     def created(self, node: fx.Node) -> None:
         """FX made `node`."""
         if self._site:
@@ -61,6 +69,7 @@ class Changes:
             self._freed_by[operand] = site
         if node.op == "call_function" and self._made_by.get(node) != site:
             self._removed[site].append(op_name(node))
+            self._histories[site] |= node.meta.get("history", frozenset())
 
 
 @contextmanager

@@ -25,7 +25,7 @@ import graphopt
 from graphopt.errors import NoRecordError, PassError, ProgramFormatError, UnsupportedError
 from graphopt.explanation import Explanation, PassRun
 from graphopt.ir.builder import GraphBuilder, replace
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Graph, value_name
 from graphopt.ir.parser import parse_graph
 from graphopt.ir.printer import print_graph
 from graphopt.layers import layer_range, layer_shape
@@ -121,7 +121,7 @@ class Rebuild(Pass[fx.Node]):
 
 def test_a_pass_that_rebuilds_the_graph_absorbs_the_rest() -> None:
     graph = graphopt.capture(Negations(3).eval(), torch.randn(2, 3))
-    names = [node.name for node in graph.calls(neg)]
+    names = [value_name(node) for node in graph.calls(neg)]
     candidates = run_pass(Rebuild(), graph)
     assert [c.node for c in candidates] == names
     assert [c.result for c in candidates[1:]] == [Absorbed("rebuild#0")] * 2
@@ -230,7 +230,7 @@ def test_every_candidate_appears_once(program: Program, mixed: Graph) -> None:
 def test_one_pass_seen_node_by_node(fold_pairs: str) -> None:
     """Five negations: two pairs fold, their inner ones are absorbed, the innermost is left."""
     graph = graphopt.capture(Negations(5).eval(), torch.randn(2, 3))
-    names = [node.name for node in graph.calls(neg)]
+    names = [value_name(node) for node in graph.calls(neg)]
     report = apply(graph, fold_pairs)
     (record,) = report.passes
     assert [c.node for c in record.candidates] == names[::-1]
@@ -253,7 +253,7 @@ def test_one_pass_seen_node_by_node(fold_pairs: str) -> None:
 @given(depth=st.integers(0, 9), limit=st.integers(0, 4) | st.none())
 def test_any_chain_and_limit(depth: int, limit: int | None) -> None:
     builder_graph = graphopt.capture(Negations(max(depth, 1)).eval(), torch.randn(2, 3))
-    names = [node.name for node in builder_graph.calls(neg)]
+    names = [value_name(node) for node in builder_graph.calls(neg)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "_REGISTRY", {**registry.all_passes(), "fold_pairs": FoldPairs})
         report = Report()

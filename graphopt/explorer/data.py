@@ -15,7 +15,6 @@ Values keep their numbers through passes, so most lines are entries of many step
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -186,7 +185,7 @@ def _places(
     """Candidate's node -> (entry, step) of the line it stands at.
 
     An applied rewrite stands at the first value that it made; what made nothing, or was rejected,
-    at its own value in the graph that the pass found: the next one of its op, layer and source.
+    at its own value in the graph that the pass found.
     """
     before, after = made["basis"], made["step"]
     by_site: dict[str, int] = {}
@@ -196,13 +195,12 @@ def _places(
             for part in line.history:
                 if "#" in part and part not in known:
                     by_site.setdefault(part, entry)
-    alike: dict[tuple[str, str, str], list[int]] = defaultdict(list)
+    entry_of: dict[str, int] = {}
     for line, entry in zip(lines[before], steps[before]["lines"], strict=True):
-        alike[line.op, line.layer, line.source].append(entry)
+        entry_of[line.id] = entry
     places = {}
     for candidate in candidates:
-        here = alike[candidate.op, candidate.layer, candidate.source]
-        own = here.pop(0) if here else -1
+        own = entry_of.get(candidate.node, -1)
         result = candidate.result
         if isinstance(result, Site) and result.name in by_site and after is not None:
             places[candidate.node] = by_site[result.name], after

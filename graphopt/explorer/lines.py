@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from graphopt.ir.history import read_history
+
 Kind = Literal["call", "input", "weight", "return", "head"]
 _CALL = re.compile(
     r"(?P<id>%\d+) : (?P<type>.+?) = (?P<op>[\w.]+)\((?P<args>.*)\)"
@@ -50,7 +52,7 @@ def read_lines(text: str) -> list[GraphLine]:
 def _line(line: str) -> GraphLine:
     call = _CALL.fullmatch(line)
     if call:
-        history = [part for part in (call["history"] or call["id"]).split(", ") if part]
+        history = read_history(call["history"] or call["id"])
         return GraphLine(
             "call",
             call["id"],
@@ -60,7 +62,7 @@ def _line(line: str) -> GraphLine:
             references(call["args"]),
             (call["layer"] or "").strip(),
             (call["source"] or "").strip(),
-            tuple(history),
+            tuple(sorted(history, key=lambda name: (len(name), name))),
         )
     declared = _DECLARED.fullmatch(line)
     if declared:

@@ -168,9 +168,16 @@ def dtype_of(node: fx.Node) -> torch.dtype:
     return dtype
 
 
+def value_name(node: fx.Node) -> str:
+    """`%12`, `%input_ids`, `@norm.weight`: the name that a value has in the graph text."""
+    if node.op == "call_function" and "number" in node.meta:
+        return f"%{node.meta['number']}"
+    return f"@{node.target}" if node.op == "get_attr" else f"%{node.target}"
+
+
 def where(node: fx.Node) -> str:
-    """`aten.conv1d at modeling_x.py:12 (model.layers.0.conv)`, for messages."""
-    text = f"{op_name(node)} (%{node.name})"
+    """`aten.conv1d (%12) at modeling_x.py:12 in model.layers.0.conv`, for messages."""
+    text = f"{op_name(node)} ({value_name(node)})"
     if node.meta.get("source"):
         text += f" at {node.meta['source']}"
     if node.meta.get("layer"):

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from graphopt.errors import ProgramFormatError
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph, InputKind, InputSpec, graph_module
+from graphopt.ir.history import read_history
 from graphopt.ir.printer import VERSION, Printer
 from graphopt.ir.shapes import DTYPES_BY_NAME, SymbolicInputs
 from graphopt.ir.weights import PackedWeight
@@ -160,8 +161,7 @@ class _Parser:
             raise self.fail(f"{match['op']} does not type-check: {error}") from error
         node.meta["layer"] = (match["layer"] or "").strip()
         node.meta["source"] = (match["source"] or "").strip()
-        history = (match["history"] or match["number"]).split(", ")
-        node.meta["history"] = frozenset(part for part in history if part)
+        node.meta["history"] = read_history(match["history"] or match["number"])
         if match["number"] in self.nodes:
             raise self.fail(f"{match['number']} is defined twice")
         node.meta["number"] = int(match["number"].removeprefix("%"))

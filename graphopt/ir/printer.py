@@ -32,7 +32,8 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.errors import VerifyError
-from graphopt.ir.graph import Graph, op_name
+from graphopt.ir.graph import Graph, op_name, value_name
+from graphopt.ir.history import write_history
 from graphopt.ir.shapes import DTYPE_NAMES
 
 VERSION = 1
@@ -61,13 +62,13 @@ class Printer:
         for node in graph.nodes:
             if node.op == "placeholder":
                 name = str(node.target)
-                self._numbers[node] = f"%{name}"
+                self._numbers[node] = value_name(node)
                 lines.append(f"input %{name} : {self.type(node.meta['val'])} {kinds[name]}")
             elif node.op == "get_attr":
                 weights[str(node.target)] = node
-                self._numbers[node] = f"@{node.target}"
+                self._numbers[node] = value_name(node)
             elif node.op == "call_function":
-                self._numbers[node] = f"%{count if self.canonical else node.meta['number']}"
+                self._numbers[node] = f"%{count}" if self.canonical else value_name(node)
                 body.append(self._line(node))
                 count += 1
         types = {name: self.type(weights[name].meta["val"]) for name in sorted(weights)}
@@ -86,7 +87,7 @@ class Printer:
         line = f"{left} = {call}  # {layer} | {node.meta['source']}"
         if node.meta["history"] == {self._numbers[node]}:
             return line
-        return f"{line} | {', '.join(sorted(node.meta['history'], key=_by_number))}"
+        return f"{line} | {write_history(node.meta['history'])}"
 
     def type(self, value: Any) -> str:
         """`f32[batch, 64]`, `size[sequence]`, `(f32[2], i64[2])`, `none` of a call that writes."""
@@ -177,12 +178,6 @@ def _alike(types: Mapping[str, str]) -> list[tuple[str, str]]:
         else:
             lines += [(head if n < 0 else f"{head}{n}{tail}", kind) for n in sorted(numbers)]
     return lines
-
-
-def _by_number(name: str) -> tuple[bool, int, str]:
-    """Captured values before rewrites, each in order."""
-    stem, _, number = name.rpartition("#" if "#" in name else "%")
-    return "#" in name, int(number) if number.isdecimal() else -1, stem or name
 
 
 def print_graph(graph: Graph) -> str:
