@@ -54,8 +54,12 @@ class NumericsError(PassError):
     """A pass changed what the model computes by more than its tier allows."""
 
 
-class ExpectationError(GraphoptError):
-    """`compile(expect=...)` named a count that the run did not reach."""
+class ExpectationError(GraphoptError, AssertionError):
+    """`compile(expect=...)` or `testing.expect` named a count that the run did not reach."""
+
+
+class GoldenError(GraphoptError, AssertionError):
+    """A graph is not what its golden file holds, or the file is missing or cannot be read."""
 
 
 class BackendError(GraphoptError):

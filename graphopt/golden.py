@@ -1,0 +1,156 @@
+"""Golden files: graphs as `.gir` text beside the tests, compared by structure.
+
+    one section     the graph
+    two sections    the graph before a pass, a line `=== after fuse_norm ===`, the graph after it
+
+Two graphs are equal when they have the same name, inputs, weights (names and types), calls with
+their arguments and types, and outputs. Numbers of values, comments (the layer too), white space and
+what the weights hold do not matter, so a file may be written and annotated by hand.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from graphopt.errors import GoldenError, ProgramFormatError
+from graphopt.ir.graph import Graph
+from graphopt.ir.parser import parse_graph
+from graphopt.ir.printer import canonical_text
+from graphopt.ir.weights import PackedWeight
+
+_SEPARATOR = re.compile(r"\s*===\s*after\s+(?P<name>\S+)\s*===\s*")
+_VALUE = re.compile(r"%(\d+)\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Golden:
+    """The text of a golden file.
+
+    sections: one graph text, or the texts before and after a pass. pass_name: that pass, "" for one
+    section. starts: lines of the file above each section.
+    """
+
+    sections: tuple[str, ...]
+    pass_name: str = ""
+    starts: tuple[int, ...] = (0,)
+
+    def graph(
+        self,
+        index: int,
+        weights: Mapping[str, Tensor] | None = None,
+        packed: Mapping[str, PackedWeight] | None = None,
+    ) -> Graph:
+        """Section `index` as a graph. Weights that are not given are random, always the same ones.
+
+        Raises ProgramFormatError with the line of the file.
+        """
+        # Blank lines stand for what is above the section, so that the parser counts them.
+        text = "\n" * self.starts[index] + self.sections[index]
+        return parse_graph(text, _RandomWeights(weights or {}), packed)
+
+
+def read_golden(path: Path) -> Golden:
+    """What the file holds. Raises GoldenError when it cannot be read or has three sections."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise GoldenError(f"{shown(path)} cannot be read: {error}") from error
+    marks = [
+        (at, match["name"]) for at, x in enumerate(lines) if (match := _SEPARATOR.fullmatch(x))
+    ]
+    if not marks:
+        return Golden(("\n".join([*lines, ""]),))
+    if len(marks) > 1:
+        raise GoldenError(
+            f"{shown(path)}: line {marks[1][0] + 1}: a golden file has two sections at most"
+        )
+    ((at, name),) = marks
+    sections = ("\n".join([*lines[:at], ""]), "\n".join([*lines[at + 1 :], ""]))
+    return Golden(sections, name, (0, at + 1))
+
+
+def shown(path: Path) -> str:
+    """`path` for messages: from the current folder when it is below it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def golden_text(sections: Sequence[str], pass_name: str) -> str:
+    """The text of a golden file; `pass_name` is "" for one section."""
+    if not pass_name:
+        (section,) = sections
+        return section
+    before, after = sections
+    return f"{before}=== after {pass_name} ===\n{after}"
+
+
+def structure(graph: Graph) -> str:
+    """The part of `graph` that is compared, as canonical text."""
+    bare = graph.copy()
+    for node in bare.nodes:
+        node.meta["layer"] = ""
+    return canonical_text(bare)
+
+
+def difference(golden: str, found: str, golden_title: str, found_title: str) -> str:
+    """Unified diff of two structures, "" for equal ones.
+
+    By value: a value that both have has one number in the diff, so that a new call in the middle
+    does not change every line below it.
+    """
+    if golden == found:
+        return ""
+    old, new = golden.splitlines(), found.splitlines()
+    lines = difflib.unified_diff(
+        old, _numbered_like(old, new), golden_title, found_title, lineterm="", n=2
+    )
+    return "\n".join(lines)
+
+
+def _numbered_like(old: Sequence[str], new: Sequence[str]) -> list[str]:
+    """`new`, its values numbered as the same ones of `old`; others are numbered on from there."""
+    blind_old, blind_new = ([_VALUE.sub("%", line) for line in lines] for lines in (old, new))
+    names: dict[str, str] = {}
+    matcher = difflib.SequenceMatcher(None, blind_old, blind_new, autojunk=False)
+    for block in matcher.get_matching_blocks():
+        for step in range(block.size):
+            ours, theirs = (_VALUE.match(x[i + step]) for x, i in ((new, block.b), (old, block.a)))
+            if ours and theirs:
+                names[ours[1]] = theirs[1]
+    following = sum(line.startswith("%") for line in old)
+    for line in new:
+        match = _VALUE.match(line)
+        if match and match[1] not in names:
+            names[match[1]] = str(following)
+            following += 1
+    return [_VALUE.sub(lambda match: f"%{names.get(match[1], match[1])}", line) for line in new]
+
+
+class _RandomWeights:
+    """Data for the weights that a text names: what is given, otherwise seeded noise."""
+
+    def __init__(self, given: Mapping[str, Tensor]) -> None:
+        self._given = given
+        self._generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        if name in self._given:
+            return self._given[name]
+        if dtype.is_floating_point or dtype.is_complex:
+            wide = dtype if dtype.is_complex else torch.float32
+            return torch.randn(shape, dtype=wide, generator=self._generator).to(dtype)
+        return torch.randint(0, 2, shape, generator=self._generator).to(dtype)
+
+
+def read_sections(golden: Golden, path: Path) -> list[str]:
+    """The structure of each section. Raises GoldenError with the file and the line."""
+    try:
+        return [structure(golden.graph(index)) for index in range(len(golden.sections))]
+    except ProgramFormatError as error:
+        raise GoldenError(f"{shown(path)}: {error}") from error
