@@ -43,13 +43,13 @@ class _Run:
         """Take over what a worker used."""
         self.is_partial |= is_partial
         for path, (digest, test, written) in theirs.items():
-            known, first, before = self.uses.get(path, (digest, test, False))
-            if known != digest:
+            known, first, before = self.uses.get(path, ("", test, False))
+            if known and digest not in ("", known):
                 self.clashes.append(
                     f"{_shown(path)} is used by {first} and by {test} for different graphs: "
                     "give each its own name"
                 )
-            self.uses[path] = (known, first, before or written)
+            self.uses[path] = (known or digest, first if known else test, before or written)
 
     def unused(self) -> list[str]:
         """Files in the folders of this run that no test used; none when not every test of those

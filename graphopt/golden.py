@@ -10,16 +10,17 @@ what the weights hold do not matter, so a file may be written and annotated by h
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from graphopt.errors import GoldenError, ProgramFormatError
+from graphopt.graph_diff import collapsed_diff
 from graphopt.ir.graph import Graph
 from graphopt.ir.parser import parse_graph
 from graphopt.ir.printer import canonical_text
@@ -98,38 +99,66 @@ def structure(graph: Graph) -> str:
     return canonical_text(bare)
 
 
-def difference(golden: str, found: str, golden_title: str, found_title: str) -> str:
-    """Unified diff of two structures, "" for equal ones.
+def difference(golden: Graph, found: Graph, golden_title: str, found_title: str) -> str:
+    """What differs between two structures, as a collapsed diff; "" for equal ones.
 
     By value: a value that both have has one number in the diff, so that a new call in the middle
     does not change every line below it.
     """
-    if golden == found:
+    if structure(golden) == structure(found):
         return ""
-    old, new = golden.splitlines(), found.splitlines()
-    lines = difflib.unified_diff(
-        old, _numbered_like(old, new), golden_title, found_title, lineterm="", n=2
-    )
-    return "\n".join(lines)
+    old = canonical_text(golden)
+    new = _numbered_like(old.splitlines(), canonical_text(found).splitlines())
+    return collapsed_diff(old, "\n".join([*new, ""]), golden_title, found_title).rstrip()
 
 
 def _numbered_like(old: Sequence[str], new: Sequence[str]) -> list[str]:
-    """`new`, its values numbered as the same ones of `old`; others are numbered on from there."""
-    blind_old, blind_new = ([_VALUE.sub("%", line) for line in lines] for lines in (old, new))
+    """`new`, its values numbered as the same ones of `old`; others are numbered on from there.
+
+    A line that says the same as the line of its value in `old` becomes that line, comment and all.
+    """
     names: dict[str, str] = {}
-    matcher = difflib.SequenceMatcher(None, blind_old, blind_new, autojunk=False)
-    for block in matcher.get_matching_blocks():
-        for step in range(block.size):
-            ours, theirs = (_VALUE.match(x[i + step]) for x, i in ((new, block.b), (old, block.a)))
-            if ours and theirs:
-                names[ours[1]] = theirs[1]
-    following = sum(line.startswith("%") for line in old)
+    for at, to in _pairs([_blind(line) for line in old], [_blind(line) for line in new]):
+        theirs, ours = _VALUE.match(old[at]), _VALUE.match(new[to])
+        if theirs and ours:
+            names[ours[1]] = theirs[1]
+    known = {match[1]: line for line in old if (match := _VALUE.match(line))}
+    following = 1 + max(map(int, known), default=-1)
+    lines = []
     for line in new:
         match = _VALUE.match(line)
         if match and match[1] not in names:
             names[match[1]] = str(following)
             following += 1
-    return [_VALUE.sub(lambda match: f"%{names.get(match[1], match[1])}", line) for line in new]
+        renamed = _VALUE.sub(lambda m: f"%{names.get(m[1], m[1])}", line)
+        same = known.get(names[match[1]], "") if match else ""
+        lines.append(same if _code(same) == _code(renamed) else renamed)
+    return lines
+
+
+def _pairs(old: Sequence[str], new: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Places of lines that belong together: equal ones, and between those calls of one op."""
+    for tag, a, b, c, d in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if tag == "equal":
+            yield from ((a + step, c + step) for step in range(b - a))
+        elif tag == "replace":
+            ops = [[_op(line) for line in lines] for lines in (old[a:b], new[c:d])]
+            blocks = SequenceMatcher(None, ops[0], ops[1], autojunk=False).get_matching_blocks()
+            for block in blocks:
+                yield from ((a + block.a + i, c + block.b + i) for i in range(block.size))
+
+
+def _code(line: str) -> str:
+    return line.partition("  # ")[0]
+
+
+def _blind(line: str) -> str:
+    """A line without its comment and the numbers of values."""
+    return _VALUE.sub("%", _code(line))
+
+
+def _op(line: str) -> str:
+    return line.partition(" = ")[2].partition("(")[0]
 
 
 class _RandomWeights:
@@ -148,9 +177,9 @@ class _RandomWeights:
         return torch.randint(0, 2, shape, generator=self._generator).to(dtype)
 
 
-def read_sections(golden: Golden, path: Path) -> list[str]:
-    """The structure of each section. Raises GoldenError with the file and the line."""
+def read_sections(golden: Golden, path: Path) -> list[Graph]:
+    """The sections as graphs. Raises GoldenError with the file and the line."""
     try:
-        return [structure(golden.graph(index)) for index in range(len(golden.sections))]
+        return [golden.graph(index) for index in range(len(golden.sections))]
     except ProgramFormatError as error:
         raise GoldenError(f"{shown(path)}: {error}") from error

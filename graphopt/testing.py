@@ -46,8 +46,9 @@ from graphopt.report import Rejection, Report, Site, grouped
 __all__ = ["ExpectationError", "GoldenError", "GoldenGraph", "expect"]
 
 Use = tuple[str, str, bool]
-"""One golden file in a run: digest of the graph, the test that compared it, whether the file was
-written. Plain values, because pytest's workers send them to each other."""
+"""One golden file in a run: digest of the graph that a test brought ("" for none: it was only
+replayed), that test, and whether the file was written. Plain values, because pytest's workers send
+them to each other."""
 
 _NAME = re.compile(r"\w[\w.-]*")
 
@@ -169,7 +170,7 @@ class GoldenGraph:
                 if weight not in before.weights:
                     raise GoldenError(f"{kind} has {weight!r}, which {shown(path)} does not name")
         after = rewritten(before, cls)
-        self._settle(name, [before, after], cls.name)
+        self._settle(name, [before, after], cls.name, is_replay=True)
         return after
 
     def _path(self, name: str) -> Path:
@@ -177,27 +178,42 @@ class GoldenGraph:
             raise GoldenError(f"{name!r} is no name: use letters, digits, '_', '-' and '.'")
         return self.folder / f"{name}.gir"
 
-    def _settle(self, name: str, graphs: Sequence[Graph], pass_name: str) -> None:
+    def _settle(
+        self, name: str, graphs: Sequence[Graph], pass_name: str, is_replay: bool = False
+    ) -> None:
         """Compare, and write or raise when something differs."""
         __tracebackhide__ = True
         path = self._path(name)
-        found = [structure(graph) for graph in graphs]
-        digest = hashlib.sha256(golden_text(found, pass_name).encode()).hexdigest()
-        known, first, written = self._uses.get(str(path), (digest, self._test, False))
-        if known != digest:
-            raise GoldenError(
-                f"{shown(path)} is used by {first} and by {self._test} for different graphs: "
-                "give each its own name"
-            )
-        self._uses[str(path)] = (digest, first, written)
-        problem, kept = _problem(path, found, pass_name)
+        problem, kept = _problem(path, graphs, pass_name)
+        clash = self._claim(path, "" if is_replay else _digest(graphs, pass_name))
         if not problem:
             return
         if not self._accept:
-            raise GoldenError(f"{problem}\nto accept this graph: {self._how}")
+            raise GoldenError("\n".join([problem, *clash, f"to accept this graph: {self._how}"]))
+        if clash:
+            raise GoldenError(clash[0])
+        if is_replay and not kept[0]:
+            raise GoldenError(f"{shown(path)} changed while it was replayed: run this test again")
         texts = [old or canonical_text(new) for old, new in zip(kept, graphs, strict=True)]
         _write(path, golden_text(texts, pass_name))
-        self._uses[str(path)] = (digest, first, True)
+        digest, test, _ = self._uses[str(path)]
+        self._uses[str(path)] = (digest, test, True)
+
+    def _claim(self, path: Path, digest: str) -> list[str]:
+        """Note the use of a file; a sentence when another graph uses it."""
+        known, test, written = self._uses.get(str(path), ("", self._test, False))
+        if known and digest not in ("", known):
+            return [
+                f"{shown(path)} is used by {test} and by {self._test} for different graphs: "
+                "give each its own name"
+            ]
+        self._uses[str(path)] = (known or digest, test if known else self._test, written)
+        return []
+
+
+def _digest(graphs: Sequence[Graph], pass_name: str) -> str:
+    text = golden_text([structure(graph) for graph in graphs], pass_name)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def rewritten(graph: Graph, cls: type[Pass[Any]]) -> Graph:
@@ -213,7 +229,7 @@ def rewritten(graph: Graph, cls: type[Pass[Any]]) -> Graph:
     verify(after, after=cls.name)
     again = after.copy()
     sites, _ = _run(cls, again)
-    changes = difference(structure(after), structure(again), "after one run", "after two runs")
+    changes = difference(after, again, "after one run", "after two runs")
     if sites or changes:
         raise GoldenError(f"{cls.name} is not idempotent: {sites} more rewrites\n{changes}")
     return after
@@ -254,7 +270,7 @@ def _graph_of(subject: Graph | Program, form: str | None) -> Graph:
     return subject.serving
 
 
-def _problem(path: Path, found: Sequence[str], pass_name: str) -> tuple[str, list[str]]:
+def _problem(path: Path, found: Sequence[Graph], pass_name: str) -> tuple[str, list[str]]:
     """(what is wrong with the file, "" for nothing; its sections that are right, else "")."""
     kept = [""] * len(found)
     if not path.exists():
@@ -265,7 +281,7 @@ def _problem(path: Path, found: Sequence[str], pass_name: str) -> tuple[str, lis
     except GoldenError as error:
         return str(error), kept
     for index, (theirs, ours) in enumerate(zip(old, found, strict=False)):
-        if theirs == ours:
+        if structure(theirs) == structure(ours):
             kept[index] = golden.sections[index]
     if (golden.pass_name, len(old)) != (pass_name, len(found)):
         return (
