@@ -137,15 +137,23 @@ def _numbered_like(old: Sequence[str], new: Sequence[str]) -> list[str]:
 
 
 def _pairs(old: Sequence[str], new: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Places of lines that belong together: equal ones, and between those calls of one op."""
-    for tag, a, b, c, d in SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+    """Places of lines that belong together: equal ones, between those calls of one op, and between
+    those what stands in the place of something else: at least the last, which is the result."""
+    for tag, at, to in _ranges(old, new):
         if tag == "equal":
-            yield from ((a + step, c + step) for step in range(b - a))
+            yield from zip(at, to, strict=True)
         elif tag == "replace":
-            ops = [[_op(line) for line in lines] for lines in (old[a:b], new[c:d])]
-            blocks = SequenceMatcher(None, ops[0], ops[1], autojunk=False).get_matching_blocks()
-            for block in blocks:
-                yield from ((a + block.a + i, c + block.b + i) for i in range(block.size))
+            ops = [[_op(lines[i]) for i in place] for lines, place in ((old, at), (new, to))]
+            for like, a, b in _ranges(*ops):
+                if like == "equal" or (like == "replace" and len(a) == len(b)):
+                    yield from ((at[i], to[j]) for i, j in zip(a, b, strict=True))
+                elif like == "replace":
+                    yield at[a[-1]], to[b[-1]]
+
+
+def _ranges(old: Sequence[str], new: Sequence[str]) -> list[tuple[str, range, range]]:
+    opcodes = SequenceMatcher(None, old, new, autojunk=False).get_opcodes()
+    return [(tag, range(a, b), range(c, d)) for tag, a, b, c, d in opcodes]
 
 
 def _code(line: str) -> str:

@@ -231,7 +231,8 @@ def rewritten(graph: Graph, cls: type[Pass[Any]]) -> Graph:
     sites, _ = _run(cls, again)
     changes = difference(after, again, "after one run", "after two runs")
     if sites or changes:
-        raise GoldenError(f"{cls.name} is not idempotent: {sites} more rewrites\n{changes}")
+        again_text = f"a second run applied more rewrites ({sites})"
+        raise GoldenError(f"{cls.name} is not idempotent: {again_text}\n{changes}".rstrip())
     return after
 
 

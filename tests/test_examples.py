@@ -94,6 +94,37 @@ def test_the_python_of_the_readme(tmp_path: Path) -> None:
     assert (tmp_path / "smollm2" / "manifest.json").exists()
 
 
+def pytest_in(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+
+
+def test_the_golden_tests_of_the_documentation(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "golden-tests.md").read_text()
+    ((name, code),) = NAMED_BLOCK.findall(text)
+    file = tmp_path / name
+    file.write_text(code)
+    accepted = pytest_in(tmp_path, "--accept")
+    assert accepted.returncode == 0, accepted.stdout
+    assert "2 golden graphs written, 0 unchanged" in accepted.stdout
+    again = pytest_in(tmp_path)
+    assert again.returncode == 0, again.stdout
+    file.write_text(code.replace("functional.silu", "functional.gelu").replace("swiglu", "geglu"))
+    changed = pytest_in(tmp_path)
+    assert changed.returncode == 1, changed.stdout
+    (message,) = re.findall(r"^```\n(the graph is .*?)^```", text, re.MULTILINE | re.DOTALL)
+    shown = [line.removeprefix("E").strip() for line in changed.stdout.splitlines()]
+    for line in message.splitlines():
+        assert any(line in found for found in shown), changed.stdout
+    (by_hand,) = re.findall(r"^```\n(# Nobody.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "golden" / "dead.gir").write_text(by_hand)
+    file.write_text("def test(golden_graph):\n    golden_graph.replay('dead', 'dead_code')\n")
+    assert pytest_in(tmp_path, "--accept").returncode == 0
+    after = (tmp_path / "golden" / "dead.gir").read_text().partition("=== after dead_code ===")[2]
+    assert "aten.sin" in after
+    assert "aten.cos" not in after
+
+
 def test_the_op_and_the_pass_of_the_documentation(tmp_path: Path) -> None:
     """A copy of the package with the two documented files and the row rule serves a model."""
     package = tmp_path / "site" / "graphopt"
