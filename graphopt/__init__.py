@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from graphopt.explainer import explain
     from graphopt.explanation import Explanation
     from graphopt.ir.graph import Graph
+    from graphopt.passes.registry import register_pass
     from graphopt.program import Program
     from graphopt.runtime import SamplingParams
     from graphopt.storage import load_program
@@ -38,6 +39,7 @@ _HOME = {
     "compile": "graphopt.compiler",
     "explain": "graphopt.explainer",
     "load_program": "graphopt.storage",
+    "register_pass": "graphopt.passes.registry",
 }
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "compile",
     "explain",
     "load_program",
+    "register_pass",
 ]
 
 

@@ -42,6 +42,13 @@ class PassError(GraphoptError):
     """A pass could not be run: unknown name, unmet requirement, cycle in the declared order."""
 
 
+class PluginError(PassError):
+    """Passes or ops of another distribution could not be loaded; the text names it and the cause.
+
+    A PassError, because compiling needs the passes.
+    """
+
+
 class NoRecordError(PassError):
     """`explain` was asked about passes of which there is no record; the text says what there is."""
 

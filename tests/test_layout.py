@@ -24,7 +24,7 @@ PARTS = {
 }
 MODULES = {"graphopt_pytest": ROOT / "graphopt_pytest.py"}
 # Who may import whom: a package sees itself and what is listed, with everything below it.
-BASE = {"graphopt.errors", "graphopt.config", "graphopt.report"}
+BASE = {"graphopt.errors", "graphopt.config", "graphopt.report", "graphopt.plugins"}
 IR = {"graphopt.ir", "graphopt.ops", *BASE}
 ARROWS = {
     "graphopt.ir": IR,
@@ -43,6 +43,7 @@ ARROWS = {
     "graphopt.errors": set[str](),
     "graphopt.config": {"graphopt.errors"},
     "graphopt.report": {"graphopt.errors"},
+    "graphopt.plugins": {"graphopt.errors"},
 }
 
 

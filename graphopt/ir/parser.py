@@ -1,9 +1,10 @@
 """Reads `.gir` text back into a Graph.
 
 Shapes are inferred again from the inputs' types and compared with the printed ones, so a text that
-was edited wrongly is refused at its line. Only ATen, prims and graphopt ops and a closed list of
-arithmetic on sizes can be named: a text can compute, and nothing else. White space outside strings,
-blank lines and lines that are a comment (`# ...`) may be anywhere.
+was edited wrongly is refused at its line. Only ATen and prims ops, those that graphopt and its
+plugins define, and a closed list of arithmetic on sizes can be named: a text can compute, and
+nothing else. White space outside strings, blank lines and lines that are a comment (`# ...`) may be
+anywhere.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class _Parser:
     def __init__(
         self, weights: Mapping[str, Tensor] | WeightMaker, packed: Mapping[str, PackedWeight]
     ) -> None:
-        load_all()
+        self.defined = load_all()
         self.weights, self.packed = weights, packed
         self.fake = SymbolicInputs()
         self.graph = Graph("", graph_module(fx.Graph()), (), {}, dict(packed))
@@ -219,8 +220,16 @@ class _Parser:
         namespace, _, rest = name.partition(".")
         if namespace == "sym" and rest in SIZE_FUNCTIONS:
             return SIZE_FUNCTIONS[rest]
+        if name in self.defined:
+            return self.defined[name].overload
+        known = {defined.partition(".")[0] for defined in self.defined} | {"aten", "prims", "sym"}
+        if namespace not in known:
+            raise self.fail(
+                f"unknown op {name!r}: no installed plugin defines ops of the namespace "
+                f"{namespace!r}; there are {', '.join(sorted(known))}"
+            )
         parts = rest.split(".")
-        is_op = namespace in ("aten", "graphopt", "prims") and 1 <= len(parts) <= 2
+        is_op = namespace in ("aten", "prims") and 1 <= len(parts) <= 2
         if is_op and not any(part.startswith("__") for part in parts):
             packet = getattr(getattr(torch.ops, namespace), parts[0], None)
             op = getattr(packet, parts[1] if len(parts) == 2 else "default", None)
