@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import graphopt_pytest
 from graphopt.ops.registry import load_all
 from graphopt.passes.registry import all_passes
+from graphopt.testing import GoldenGraph
 
 SUITE = """
 import pytest
@@ -46,11 +48,22 @@ def test_replay(golden_graph):
 """
 
 
-@pytest.fixture
-def suite(pytester: pytest.Pytester) -> pytest.Pytester:
-    """A project with one test file. Its runs are in this process, whose ops are defined once."""
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Import here whatever the suite imports: pytester forgets the modules that a run in this
+    process brought, and torch and graphopt cannot be imported twice."""
     load_all()
     all_passes()
+    names: dict[str, Any] = {}
+    exec(SUITE, names)
+    golden_graph = GoldenGraph(tmp_path_factory.mktemp("golden"), accept=True)
+    for test in ("test_graph", "test_rewrite", "test_replay"):
+        names[test](golden_graph)
+
+
+@pytest.fixture
+def suite(loaded: None, pytester: pytest.Pytester) -> pytest.Pytester:
+    """A project with one test file."""
     pytester.makepyfile(test_norm=SUITE)
     return pytester
 
