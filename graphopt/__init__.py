@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from graphopt.explanation import Explanation
     from graphopt.explorer import explore
     from graphopt.ir.graph import Graph
+    from graphopt.passes.registry import register_pass
     from graphopt.program import Program
     from graphopt.runtime import SamplingParams
     from graphopt.storage import load_program
@@ -40,6 +41,7 @@ _HOME = {
     "explain": "graphopt.explainer",
     "explore": "graphopt.explorer",
     "load_program": "graphopt.storage",
+    "register_pass": "graphopt.passes.registry",
 }
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "explain",
     "explore",
     "load_program",
+    "register_pass",
 ]
 
 

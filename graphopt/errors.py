@@ -42,6 +42,13 @@ class PassError(GraphoptError):
     """A pass could not be run: unknown name, unmet requirement, cycle in the declared order."""
 
 
+class PluginError(PassError):
+    """Passes or ops of another distribution could not be loaded; the text names it and the cause.
+
+    A PassError, because compiling needs the passes.
+    """
+
+
 class NoRecordError(PassError):
     """`explain` was asked about passes of which there is no record; the text says what there is."""
 
@@ -54,8 +61,12 @@ class NumericsError(PassError):
     """A pass changed what the model computes by more than its tier allows."""
 
 
-class ExpectationError(GraphoptError):
-    """`compile(expect=...)` named a count that the run did not reach."""
+class ExpectationError(GraphoptError, AssertionError):
+    """`compile(expect=...)` or `testing.expect` named a count that the run did not reach."""
+
+
+class GoldenError(GraphoptError, AssertionError):
+    """A graph is not what its golden file holds, or the file is missing or cannot be read."""
 
 
 class BackendError(GraphoptError):

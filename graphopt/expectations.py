@@ -1,4 +1,4 @@
-"""`compile(expect={...})`: names are checked before the run, counts after it.
+"""`compile(expect={...})` and `testing.expect`: names are checked before the run, counts after it.
 
 A name with a dot is an op ("graphopt.rope"), any other a pass ("fuse_rope"). Ops are counted in the
 forward graph, or in the serving graph when only that has them ("graphopt.paged_attention").
@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from graphopt.errors import ExpectationError, PassError, did_you_mean
+from graphopt.errors import ExpectationError, PassError, UnsupportedError, did_you_mean
 from graphopt.ir.graph import Graph
 from graphopt.ir.parser import SIZE_FUNCTIONS
 from graphopt.ops.registry import load_all
@@ -39,16 +39,24 @@ def check_names(expect: Mapping[str, int], running: Collection[str]) -> None:
 
 
 def check_counts(
-    expect: Mapping[str, int], graph: Graph, serving: Graph | None, report: Report
+    expect: Mapping[str, int], graph: Graph | None, serving: Graph | None, report: Report
 ) -> None:
-    """Raise ExpectationError for the first count that differs."""
+    """Raise ExpectationError with a line for every count that differs, and UnsupportedError for an
+    op where there is no graph to count it in."""
+    wrong = []
     for name, wanted in expect.items():
         found, text = _count_op(name, graph, serving) if "." in name else _count_sites(name, report)
         if found != wanted:
-            raise ExpectationError(f"expected {wanted} of {name}, {text}")
+            wrong.append(f"expected {wanted} of {name}, {text}")
+    if wrong:
+        raise ExpectationError("\n".join(wrong))
 
 
-def _count_op(name: str, graph: Graph, serving: Graph | None) -> tuple[int, str]:
+def _count_op(name: str, graph: Graph | None, serving: Graph | None) -> tuple[int, str]:
+    if graph is None:
+        raise UnsupportedError(
+            f"a report counts rewrites, not ops such as {name!r}: give the program or the graph"
+        )
     found, place = graph.op_counts()[name], "forward"
     if not found and serving is not None and name in serving.op_counts():
         found, place = serving.op_counts()[name], "serving"

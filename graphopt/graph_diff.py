@@ -39,12 +39,12 @@ class Line:
 
 
 def read_line(text: str) -> Line:
-    """Take a line of a `.gir` text apart."""
+    """Take a line of a `.gir` text apart; the canonical form has calls without a comment."""
     code, mark, comment = text.rpartition("  # ")
+    call = _OP.search(code if mark else text)
     if not mark:
-        return Line(text, _key(text), text, "", "")
+        return Line(text, _key(text), text, "", call[1] if call else "")
     parts = comment.split(" | ")
-    call = _OP.search(code)
     body = "  # ".join([code, " | ".join(parts[:2]).rstrip()])
     return Line(text, _key(code), body, parts[0].strip(), call[1] if call else "")
 

@@ -74,6 +74,8 @@ class Pass(ABC, Generic[Bindings]):
     name: ClassVar[str]
     stage: ClassVar[Stage]
     after: ClassVar[tuple[str, ...]] = ()
+    before: ClassVar[tuple[str, ...]] = ()
+    """Passes of the same or of a later stage that run after this one."""
     tier: ClassVar[Tier] = EXACT
     requires: ClassVar[tuple[str, ...]] = ()
     preserves: ClassVar[tuple[str, ...]] = ()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["pytester"]
 sys.path.append(str(Path(__file__).parent))
 os.environ["GRAPHOPT_REREAD"] = "1"
 

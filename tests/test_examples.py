@@ -15,7 +15,6 @@ from graphopt.config import child_environment
 ROOT = Path(__file__).parent.parent
 PARTS = ("passes", "codegen", "runtime", "models")
 NAMED_BLOCK = re.compile(r"^`([\w/]+\.py)`\n\n```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-ROW_RULE = "relu_squared.SPEC.overload: pointwise,"
 SERVED = """
 import torch
 from torch import nn
@@ -82,8 +81,9 @@ def test_chat(tmp_path: Path) -> None:
 
 
 def test_every_example_is_tested() -> None:
-    tested = {"compile_a_module", "write_a_pass", "chat"}
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == tested
+    tested = {"compile_a_module.py", "write_a_pass.py", "chat.py", "graphopt_acme"}
+    found = {path.name for path in (ROOT / "examples").iterdir()} - {"__pycache__"}
+    assert found == tested
 
 
 @pytest.mark.real_model
@@ -94,8 +94,44 @@ def test_the_python_of_the_readme(tmp_path: Path) -> None:
     assert (tmp_path / "smollm2" / "manifest.json").exists()
 
 
+def pytest_in(
+    folder: Path, *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run pytest in a folder of its own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=environment, check=False
+    )
+
+
+def test_the_golden_tests_of_the_documentation(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "golden-tests.md").read_text()
+    ((name, code),) = NAMED_BLOCK.findall(text)
+    file = tmp_path / name
+    file.write_text(code)
+    accepted = pytest_in(tmp_path, "--accept")
+    assert accepted.returncode == 0, accepted.stdout
+    assert "2 golden graphs written, 0 unchanged" in accepted.stdout
+    again = pytest_in(tmp_path)
+    assert again.returncode == 0, again.stdout
+    file.write_text(code.replace("functional.silu", "functional.gelu").replace("swiglu", "geglu"))
+    changed = pytest_in(tmp_path)
+    assert changed.returncode == 1, changed.stdout
+    (message,) = re.findall(r"^```\n(the graph is .*?)^```", text, re.MULTILINE | re.DOTALL)
+    shown = [line.removeprefix("E").strip() for line in changed.stdout.splitlines()]
+    for line in message.splitlines():
+        assert any(line in found for found in shown), changed.stdout
+    (by_hand,) = re.findall(r"^```\n(# Nobody.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "golden" / "dead.gir").write_text(by_hand)
+    file.write_text("def test(golden_graph):\n    golden_graph.replay('dead', 'dead_code')\n")
+    assert pytest_in(tmp_path, "--accept").returncode == 0
+    after = (tmp_path / "golden" / "dead.gir").read_text().partition("=== after dead_code ===")[2]
+    assert "aten.sin" in after
+    assert "aten.cos" not in after
+
+
 def test_the_op_and_the_pass_of_the_documentation(tmp_path: Path) -> None:
-    """A copy of the package with the two documented files and the row rule serves a model."""
+    """A copy of the package with the two documented files serves a model."""
     package = tmp_path / "site" / "graphopt"
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "graphopt", package, ignore=ignore)
@@ -106,12 +142,58 @@ def test_the_op_and_the_pass_of_the_documentation(tmp_path: Path) -> None:
     assert sorted(blocks) == ["graphopt/ops/relu_squared.py", "passes/fuse/fuse_relu_squared.py"]
     for name, code in blocks.items():
         (package / name.removeprefix("graphopt/")).write_text(code)
-    assert f"`{ROW_RULE}`" in text
-    rules = package / "passes" / "cache" / "row_rules.py"
-    code, table = rules.read_text(), "RULES: dict[object, Rule] = {\n"
-    assert code.count(table) == 1
-    rule = f"from graphopt.ops import relu_squared\n\n{table}    {ROW_RULE}\n"
-    rules.write_text(code.replace(table, rule))
     (tmp_path / "served.py").write_text(SERVED)
     environment = child_environment(PYTHONPATH=str(tmp_path / "site"))
     assert run(tmp_path / "served.py", tmp_path, environment).stdout == "4\n"
+
+
+@pytest.fixture(scope="module")
+def acme(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example plugin, installed into a folder of its own."""
+    scratch = tmp_path_factory.mktemp("acme")
+    source, site = scratch / "source", scratch / "site"
+    ignore = shutil.ignore_patterns("__pycache__", "build", "*.egg-info")
+    shutil.copytree(ROOT / "examples" / "graphopt_acme", source, ignore=ignore)
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+    command += ["--no-index", "--target", str(site), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return site
+
+
+def test_the_plugin_is_listed_with_its_origin(acme: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from graphopt.cli import main; main()", "passes"]
+    environment = child_environment(PYTHONPATH=str(acme))
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True
+    )
+    (line,) = [line for line in done.stdout.splitlines() if "fuse_relu_squared" in line]
+    assert line.split()[2:4] == ["fuse", "exact"]
+    assert line.split()[-2:] == ["default", "graphopt-acme"]
+    listed = done.stdout
+    assert listed.index("fuse_relu_squared") < listed.index("fuse_mlp")
+
+
+def test_a_model_with_the_op_of_the_plugin_is_served(acme: Path, tmp_path: Path) -> None:
+    """Compiled, saved and loaded; without the plugin the saved program says what is missing."""
+    script = tmp_path / "served.py"
+    script.write_text(
+        SERVED.replace("graphopt.relu_squared", "acme.relu_squared")
+        + 'program.save("saved")\n'
+        + 'again = graphopt.load_program("saved")\n'
+        + "assert torch.equal(again(ids), program(ids))\n"
+    )
+    environment = child_environment(PYTHONPATH=str(acme))
+    assert run(script, tmp_path, environment).stdout == "4\n"
+    (tmp_path / "load.py").write_text('import graphopt\ngraphopt.load_program("saved")\n')
+    command = [sys.executable, str(tmp_path / "load.py")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "no installed plugin defines ops of the namespace 'acme'" in done.stderr
+
+
+def test_the_tests_of_the_plugin(acme: Path, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "examples" / "graphopt_acme" / "tests", tmp_path / "tests")
+    done = pytest_in(tmp_path, "tests", environment=child_environment(PYTHONPATH=str(acme)))
+    assert done.returncode == 0, done.stdout
+    assert "3 passed" in done.stdout

@@ -22,8 +22,9 @@ PARTS = {
     "graphopt.runtime": ROOT / "runtime",
     "graphopt.models": ROOT / "models",
 }
+MODULES = {"graphopt_pytest": ROOT / "graphopt_pytest.py"}
 # Who may import whom: a package sees itself and what is listed, with everything below it.
-BASE = {"graphopt.errors", "graphopt.config", "graphopt.report"}
+BASE = {"graphopt.errors", "graphopt.config", "graphopt.report", "graphopt.plugins"}
 IR = {"graphopt.ir", "graphopt.ops", *BASE}
 ARROWS = {
     "graphopt.ir": IR,
@@ -42,6 +43,7 @@ ARROWS = {
     "graphopt.errors": set[str](),
     "graphopt.config": {"graphopt.errors"},
     "graphopt.report": {"graphopt.errors"},
+    "graphopt.plugins": {"graphopt.errors"},
 }
 
 
@@ -111,6 +113,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(folder, copy / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
+    for path in MODULES.values():
+        shutil.copy(path, copy)
     command = [sys.executable, "-m", "pip", "wheel", str(copy), "--no-deps"]
     command += ["--no-build-isolation", "-q", "-w", str(scratch)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -122,7 +126,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_holds_the_tree_and_nothing_else(installed: Path) -> None:
-    expected = {"graphopt/py.typed"}
+    expected = {"graphopt/py.typed", *(path.name for path in MODULES.values())}
     for package, folder in PARTS.items():
         for path in folder.rglob("*"):
             if path.suffix in {".py", ".cpp", ".h"}:
@@ -134,7 +138,7 @@ def test_the_wheel_holds_the_tree_and_nothing_else(installed: Path) -> None:
     files = {p.relative_to(installed).as_posix() for p in installed.rglob("*") if p.is_file()}
     assert {name for name in files if ".dist-info/" not in name} == expected
     tops = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
-    assert tops == {"graphopt"}
+    assert tops == {"graphopt", "graphopt_pytest.py"}
 
 
 def test_a_users_own_packages_keep_working(installed: Path, tmp_path: Path) -> None:
@@ -201,6 +205,11 @@ def test_house_rules(package: str) -> None:
         is_ours = path.suffix in {".cpp", ".h", ".css", ".js"} and "vendor" not in path.parts
         if is_ours:
             assert len(path.read_text().splitlines()) <= 600, path
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_house_rules_of_modules_beside_the_package(module: str) -> None:
+    assert broken_rules(module, MODULES[module].read_text()) == set()
 
 
 @pytest.mark.parametrize(

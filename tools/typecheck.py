@@ -23,9 +23,10 @@ def main() -> int:
                 (package / entry.name).symlink_to(entry)
         for part in PARTS:
             (package / part).symlink_to(ROOT / part)
+        (Path(scratch) / "graphopt_pytest.py").symlink_to(ROOT / "graphopt_pytest.py")
         command = [sys.executable, "-m", "mypy", "--strict", "--config-file"]
         command += [str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache")]
-        return subprocess.call([*command, "-p", "graphopt"], cwd=scratch)
+        return subprocess.call([*command, "-p", "graphopt", "-m", "graphopt_pytest"], cwd=scratch)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Reads `.gir` text back into a Graph.
 
 Shapes are inferred again from the inputs' types and compared with the printed ones, so a text that
-was edited wrongly is refused at its line. Only ATen, prims and graphopt ops and a closed list of
-arithmetic on sizes can be named: a text can compute, and nothing else.
+was edited wrongly is refused at its line. Only ATen and prims ops, those that graphopt and its
+plugins define, and a closed list of arithmetic on sizes can be named: a text can compute, and
+nothing else. White space outside strings, blank lines and lines that are a comment (`# ...`) may be
+anywhere.
 """
 
 from __future__ import annotations
@@ -56,21 +58,26 @@ _TOKEN = re.compile(
     r"\s*(?:(?P<string>\"(?:[^\"\\]|\\.)*\")|(?P<ref>[%@][\w.]+)"
     r"|(?P<number>-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)|(?P<word>[A-Za-z_][\w.]*)|(?P<mark>[][(),=]))"
 )
-_INPUT = re.compile(r"input %(?P<name>\w+) : (?P<type>.+) (?P<kind>user|cache)")
+_INPUT = re.compile(r"input\s+%(?P<name>\w+)\s*:\s*(?P<type>.+?)\s+(?P<kind>user|cache)")
 _WEIGHT = re.compile(
-    r"weight @(?P<name>[\w.]+)(?:\{(?P<first>\d+)-(?P<last>\d+)\}(?P<tail>[\w.]*))? : (?P<type>.+)"
+    r"weight\s+@(?P<name>[\w.]+)(?:\{(?P<first>\d+)-(?P<last>\d+)\}(?P<tail>[\w.]*))?"
+    r"\s*:\s*(?P<type>.+)"
 )
 _CALL = re.compile(
-    r"(?P<number>%\d+) : (?P<type>.+?) = (?P<op>[\w.]+)\((?P<args>.*)\)"
-    r"(?:  # (?P<layer>[^|]*?)(?: \| (?P<source>[^|]*?)(?: \| (?P<history>.*))?)?)?"
+    r"(?P<number>%\d+)\s*:\s*(?P<type>.+?)\s*=\s*(?P<op>[\w.]+)\s*\((?P<args>.*)\)"
+    r"(?:\s*#(?P<layer>[^|]*)(?:\|(?P<source>[^|]*)(?:\|(?P<history>.*))?)?)?"
 )
-_TYPE = re.compile(r"(?P<dtype>\w+)\[(?P<sizes>.*)\]")
-_GRAPH = re.compile(r"graph (?P<name>\"(?:[^\"\\]|\\.)*\") (?P<dialect>captured|serving)")
+_TYPE = re.compile(r"(?P<dtype>\w+)\s*\[(?P<sizes>.*)\]")
+_GRAPH = re.compile(r"graph\s+(?P<name>\"(?:[^\"\\]|\\.)*\")\s+(?P<dialect>captured|serving)")
+WeightMaker = Callable[[str, torch.dtype, tuple[int, ...]], Tensor]
+"""Makes the data of a weight that the text names: (name, dtype, shape) -> tensor."""
 
 
 class _Parser:
-    def __init__(self, weights: Mapping[str, Tensor], packed: Mapping[str, PackedWeight]) -> None:
-        load_all()
+    def __init__(
+        self, weights: Mapping[str, Tensor] | WeightMaker, packed: Mapping[str, PackedWeight]
+    ) -> None:
+        self.defined = load_all()
         self.weights, self.packed = weights, packed
         self.fake = SymbolicInputs()
         self.graph = Graph("", graph_module(fx.Graph()), (), {}, dict(packed))
@@ -90,18 +97,20 @@ class _Parser:
             (_WEIGHT, self._weights),
             (_GRAPH, self._header),
         ]
-        is_done = False
-        for self.line, line in enumerate(lines, start=1):
-            if not line.strip():
+        is_begun = is_done = False
+        for self.line, written in enumerate(lines, start=1):
+            line = written.strip()
+            if not line or line.startswith("#"):
                 continue
             if is_done:
                 raise self.fail("text after return")
-            if self.line == 1:
-                if line != f"gir {VERSION}":
+            if not is_begun:
+                if line.split() != ["gir", str(VERSION)]:
                     raise self.fail(f"expected 'gir {VERSION}', found {line[:40]!r}")
+                is_begun = True
                 continue
-            if line.startswith("return "):
-                self._return(line.removeprefix("return "))
+            if line.split()[0] == "return":
+                self._return(line.removeprefix("return"))
                 is_done = True
                 continue
             for pattern, handler in handlers:
@@ -140,10 +149,16 @@ class _Parser:
             self._weight(f"{match['name']}{number}{match['tail']}", match["type"])
 
     def _weight(self, name: str, kind: str) -> None:
-        if name not in self.weights:
-            raise self.fail(f"weight {name!r} is not in the weights file")
-        data = self.weights[name]
         dtype, sizes = self._tensor_type(kind)
+        if callable(self.weights):
+            fixed = tuple(size for size in sizes if isinstance(size, int))
+            if len(fixed) != len(sizes):
+                raise self.fail(f"weight {name!r} has a size that is no number: {kind}")
+            data = self.weights(name, dtype, fixed)
+        elif name in self.weights:
+            data = self.weights[name]
+        else:
+            raise self.fail(f"weight {name!r} is not in the weights file")
         if data.dtype != dtype or list(data.shape) != sizes:
             raise self.fail(
                 f"weight {name!r} is {data.dtype} {list(data.shape)}, the text says {kind}"
@@ -178,7 +193,7 @@ class _Parser:
         for line, node, written in self.types:
             self.line = line
             inferred = printer.type(node.meta["val"])
-            if inferred != written:
+            if "".join(inferred.split()) != "".join(written.split()):
                 raise self.fail(f"written as {written}, but the operands give {inferred}")
 
     def _node(self, name: str) -> fx.Node:
@@ -205,8 +220,16 @@ class _Parser:
         namespace, _, rest = name.partition(".")
         if namespace == "sym" and rest in SIZE_FUNCTIONS:
             return SIZE_FUNCTIONS[rest]
+        if name in self.defined:
+            return self.defined[name].overload
+        known = {defined.partition(".")[0] for defined in self.defined} | {"aten", "prims", "sym"}
+        if namespace not in known:
+            raise self.fail(
+                f"unknown op {name!r}: no installed plugin defines ops of the namespace "
+                f"{namespace!r}; there are {', '.join(sorted(known))}"
+            )
         parts = rest.split(".")
-        is_op = namespace in ("aten", "graphopt", "prims") and 1 <= len(parts) <= 2
+        is_op = namespace in ("aten", "prims") and 1 <= len(parts) <= 2
         if is_op and not any(part.startswith("__") for part in parts):
             packet = getattr(getattr(torch.ops, namespace), parts[0], None)
             op = getattr(packet, parts[1] if len(parts) == 2 else "default", None)
@@ -234,7 +257,7 @@ class _Parser:
 
     def _tokens(self, text: str) -> list[tuple[str, str]]:
         tokens: list[tuple[str, str]] = []
-        position = 0
+        position, text = 0, text.rstrip()
         while position < len(text):
             match = _TOKEN.match(text, position)
             if match is None or match.lastgroup is None:
@@ -270,9 +293,11 @@ class _Parser:
 
 
 def parse_graph(
-    text: str, weights: Mapping[str, Tensor], packed: Mapping[str, PackedWeight] | None = None
+    text: str,
+    weights: Mapping[str, Tensor] | WeightMaker,
+    packed: Mapping[str, PackedWeight] | None = None,
 ) -> Graph:
-    """The graph that `text` describes, reading `weights` by name.
+    """The graph that `text` describes, reading `weights` by name, or making them.
 
     Raises ProgramFormatError with the line number for text that is malformed, names unknown ops or
     weights, or does not type-check.

@@ -7,7 +7,8 @@
 4. No dead nodes.
 5. Placeholders are exactly the declared inputs; weights exist with the shape the node has.
 6. Only cache inputs are written to.
-7. Only known ops: ATen, graphopt and integer arithmetic on sizes.
+7. Only known ops: ATen, those that `define` made (graphopt's, plugins') and integer arithmetic on
+   sizes.
 """
 
 from __future__ import annotations
@@ -23,9 +24,7 @@ from torch import Tensor, fx
 from graphopt.errors import VerifyError
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph, argument, where
-from graphopt.ops.registry import checks_values, is_impure
-
-_NAMESPACES = ("aten", "graphopt", "prims")
+from graphopt.ops.registry import checks_values, is_impure, spec_of
 
 
 def verify(graph: Graph, after: str = "", trusted: Collection[fx.Node] = ()) -> None:
@@ -92,7 +91,8 @@ def _check_call(graph: Graph, node: fx.Node, blame: str) -> None:
             raise VerifyError(f"{blame}{target} is not an op of the IR ({where(node)})")
         return
     # A model's own ops may stay in a captured graph; a serving graph needs a row rule for each.
-    if graph.dialect == "serving" and target.namespace not in _NAMESPACES:
+    is_known = target.namespace in ("aten", "prims") or spec_of(target) is not None
+    if graph.dialect == "serving" and not is_known:
         raise VerifyError(f"{blame}namespace {target.namespace!r} is not allowed ({where(node)})")
     if is_impure(target):
         caches = {spec.name for spec in graph.inputs if spec.kind == "cache"}

@@ -28,4 +28,4 @@ def cost(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Cost:
     return Cost(10.0 * gate.numel(), 3.0 * nbytes(gate))
 
 
-SPEC = define(SCHEMA, reference=reference, fake=fake, cost=cost)
+SPEC = define(SCHEMA, reference=reference, fake=fake, cost=cost, rows="pointwise")

@@ -1,7 +1,9 @@
-"""The op registry: one file per op under `graphopt/ops`, each calling `define` once.
+"""The op registry: one file per op, each calling `define` once.
 
 `define` creates the torch op (schema, reference for every device, fake) and records what the
-compiler wants to know about it. The library object is process-wide because torch's is.
+compiler wants to know about it. graphopt's own ops are the files of `graphopt/ops`; plugins bring
+ops in namespaces of their own (entry points `graphopt.ops`, see `graphopt/plugins.py`). The library
+objects are process-wide because torch's are.
 """
 
 from __future__ import annotations
@@ -10,15 +12,22 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 
 import graphopt.ops
+from graphopt import plugins
+from graphopt.errors import PluginError, UnsupportedError
 
-# torch leaves these three methods untyped.
-_LIBRARY: Any = torch.library.Library("graphopt", "DEF")  # type: ignore[no-untyped-call]
+OURS = "graphopt"
+RowKind = Literal["pointwise"]
+"""How an op treats token rows. pointwise: element by element, with broadcasting."""
+
+_LIBRARIES: dict[str, Any] = {}
 _REGISTRY: dict[str, OpSpec] = {}
+_TORCHS = ("aten", "prims", "prim", "sym")
 _ASSERTS = (
     torch.ops.aten._assert_async.default,
     torch.ops.aten._assert_async.msg,
@@ -36,12 +45,12 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class OpSpec:
-    """Everything known about one `graphopt::` op.
+    """Everything known about one op of ours or of a plugin.
 
-    reference: the definition of its meaning, plain torch, any device.
-    fake: shape and dtype of its result.
-    cost: called like the op, on fake or real tensors.
-    mutates: names of the arguments it writes (KV-cache storage only).
+    name: as `op_name` spells it, "graphopt.rope". reference: the definition of its meaning, plain
+    torch, any device. fake: shape and dtype of its result. cost: called like the op, on fake or
+    real tensors. mutates: names of the arguments it writes (KV-cache storage only). rows: how it
+    treats token rows; None: unknown, or a matter of its arguments.
     """
 
     name: str
@@ -50,6 +59,7 @@ class OpSpec:
     fake: Callable[..., Any]
     cost: Callable[..., Cost]
     mutates: tuple[str, ...]
+    rows: RowKind | None = None
 
 
 def define(
@@ -58,35 +68,79 @@ def define(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     cost: Callable[..., Cost],
+    rows: RowKind | None = None,
 ) -> OpSpec:
-    """Register `graphopt::<schema>`. The schema's `(a!)` marks name the mutated arguments."""
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
-    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"graphopt::{name}", fake, lib=_LIBRARY)
-    overload = getattr(torch.ops.graphopt, name).default
+    """Register an op: `rope(Tensor x, ...) -> Tensor` in the namespace graphopt, with
+    `acme::squared(Tensor x) -> Tensor` in acme. The schema's `(a!)` marks name the mutated
+    arguments.
+
+    rows: "pointwise" when every element of the result depends on the operands' elements in its
+        place only: models that call the op can then be served with a KV cache.
+    Raises UnsupportedError for a namespace that is torch's or no name, an op that is defined
+    twice, and unknown `rows`.
+    """
+    signature = schema.partition("(")[0]
+    namespace, _, name = signature.rpartition("::")
+    namespace = namespace or OURS
+    if not (namespace.isidentifier() and name.isidentifier()) or namespace in _TORCHS:
+        raise UnsupportedError(
+            f"op {signature!r} cannot be defined: write name(...) -> ..., or "
+            f"namespace::name(...) -> ... with a namespace other than {', '.join(_TORCHS)}"
+        )
+    if rows not in (None, "pointwise"):
+        raise UnsupportedError(f"rows={rows!r} is not supported; supported: 'pointwise', None")
+    full = f"{namespace}.{name}"
+    if full in _REGISTRY:
+        first = plugins.origin(_REGISTRY[full].reference.__module__)
+        second = plugins.origin(reference.__module__)
+        raise UnsupportedError(f"op {full!r} is defined twice: by {first} and by {second}")
+    library = _library(namespace)
+    library.define(schema.removeprefix(f"{namespace}::"))
+    library.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+    overload = getattr(getattr(torch.ops, namespace), name).default
     mutates = tuple(
         argument.name
         for argument in overload._schema.arguments
         if argument.alias_info is not None and argument.alias_info.is_write
     )
-    spec = OpSpec(name, overload, reference, fake, cost, mutates)
-    _REGISTRY[name] = spec
+    spec = OpSpec(full, overload, reference, fake, cost, mutates, rows)
+    _REGISTRY[full] = spec
     return spec
 
 
+def _library(namespace: str) -> Any:
+    """The library that ops of a namespace are added to, made on first use."""
+    if namespace not in _LIBRARIES:
+        # A plugin may have ops of the same namespace that torch.library made.
+        kind = "DEF" if namespace == OURS else "FRAGMENT"
+        # torch leaves the methods of Library untyped.
+        _LIBRARIES[namespace] = torch.library.Library(namespace, kind)  # type: ignore[no-untyped-call]
+    return _LIBRARIES[namespace]
+
+
 def load_all() -> dict[str, OpSpec]:
-    """Import every op file and return the registry, name -> spec."""
+    """Import every op file and plugin and return the registry, `namespace.name` -> spec.
+
+    Raises PluginError for a plugin that cannot be loaded or names no module.
+    """
     for module in pkgutil.iter_modules(graphopt.ops.__path__):
         if module.name != "registry":
             importlib.import_module(f"graphopt.ops.{module.name}")
+    for described, value in plugins.load("graphopt.ops"):
+        if not isinstance(value, ModuleType | OpSpec):
+            raise PluginError(
+                f"the plugin {described} (graphopt.ops) is a {type(value).__name__}, neither a "
+                "module that defines ops nor what `define` returned"
+            )
     return dict(_REGISTRY)
 
 
 def spec_of(target: object) -> OpSpec | None:
-    """The spec of an op overload, None for ops that are not ours."""
-    if isinstance(target, torch._ops.OpOverload) and target.namespace == "graphopt":
-        return _REGISTRY.get(target._schema.name.partition("::")[2])
+    """The spec of an op overload, None for ops that `define` did not make."""
+    if isinstance(target, torch._ops.OpOverload):
+        spec = _REGISTRY.get(target._schema.name.replace("::", "."))
+        return spec if spec is not None and spec.overload is target else None
     return None
 
 

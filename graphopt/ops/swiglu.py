@@ -25,4 +25,4 @@ def cost(gate: Tensor, up: Tensor) -> Cost:
     return Cost(6.0 * gate.numel(), 3.0 * nbytes(gate))
 
 
-SPEC = define(SCHEMA, reference=reference, fake=fake, cost=cost)
+SPEC = define(SCHEMA, reference=reference, fake=fake, cost=cost, rows="pointwise")

@@ -17,12 +17,10 @@ from graphopt.ir.graph import argument, is_call, shape_of, tensor_inputs
 from graphopt.ops import (
     attention,
     embedding_wq,
-    geglu,
     layer_norm,
     linear_wq,
     rms_norm,
     rope,
-    swiglu,
 )
 from graphopt.passes.cache.row_layout import (
     Axis,
@@ -238,8 +236,6 @@ RULES: dict[object, Rule] = {
     **dict.fromkeys(CASTS, pointwise),
     aten.to.other: pointwise,
     aten.dropout.default: pointwise,
-    swiglu.SPEC.overload: pointwise,
-    geglu.SPEC.overload: pointwise,
     attention.SPEC.overload: _attention,
     rope.SPEC.overload: _rope,
     aten.conv1d.default: _convolution,

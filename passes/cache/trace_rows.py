@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from graphopt.ir.graph import Graph, argument, is_call, op_name, shape_of
 from graphopt.ops import attention
+from graphopt.ops.registry import spec_of
 from graphopt.passes.cache.row_layout import (
     Axis,
     Rows,
@@ -68,10 +69,15 @@ def _trace_call(rows: Rows, node: fx.Node) -> Axis:
         return rule(rows, node)
     target = node.target
     tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
-    if torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags:
+    spec = spec_of(target)
+    is_tagged = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+    if is_tagged or (spec is not None and spec.rows == "pointwise"):
         return pointwise(rows, node)
     if not all(rows.is_constant(operand) for operand in node.all_input_nodes):
-        raise unknown(node, "reads token rows and is not known to keep them apart")
+        text = "reads token rows and is not known to keep them apart"
+        if spec is not None:
+            text += '; if it does, define it with rows="pointwise"'
+        raise unknown(node, text)
     # Its operands are constants; `check_result` refuses it when its sizes are not.
     return None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from run_graph import CLEANUP, apply, assert_close, assert_idempotent, run
@@ -12,10 +11,8 @@ from torch import Tensor, nn
 
 from graphopt.capture import capture
 from graphopt.ir.graph import Graph
-from graphopt.ir.printer import canonical_text
 
 WIDTH = 16
-GOLDEN = Path(__file__).parent / "golden"
 Function = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -67,11 +64,3 @@ def fuse(
         assert torch.equal(after, before)
     assert_idempotent(graph, [*CLEANUP, name])
     return Fused(graph, codes, dict(graph.op_counts()))
-
-
-def assert_golden(graph: Graph, name: str) -> None:
-    """The graph, without the comments that name lines of test files, is `golden/<name>.gir`."""
-    text = canonical_text(graph)
-    file = GOLDEN / f"{name}.gir"
-    expected = file.read_text() if file.exists() else ""
-    assert text == expected, f"if this is meant, it is the new text of {file.name}:\n{text}"

@@ -8,9 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from fuse_block import WIDTH, Function, assert_golden, fuse
+from fuse_block import WIDTH, Function, fuse
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+
+from graphopt.testing import GoldenGraph
 
 FLOATS = [torch.float32, torch.bfloat16]
 Activation = Callable[[Tensor], Tensor]
@@ -135,6 +137,6 @@ def test_a_router_is_no_candidate() -> None:
     assert fused.codes == []
 
 
-def test_golden() -> None:
+def test_golden(golden_graph: GoldenGraph) -> None:
     fused = fuse(lambda x, w: ACT2FN["gelu_new"](x * 2) * (x + w), "fuse_mlp", torch.bfloat16)
-    assert_golden(fused.graph, "geglu")
+    golden_graph(fused.graph, "geglu")

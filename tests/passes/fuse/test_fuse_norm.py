@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from fuse_block import WIDTH, Function, assert_golden, fuse
+from fuse_block import WIDTH, Function, fuse
 from torch import Tensor, nn
+
+from graphopt.testing import GoldenGraph
 
 FLOATS = [torch.float32, torch.bfloat16]
 
@@ -308,5 +310,5 @@ def test_norm_look_alikes(function: Function, code: str) -> None:
 @pytest.mark.parametrize(
     ("name", "norm"), [("rms_norm", gemma), ("layer_norm", cohere), ("rms_norm_llama", llama)]
 )
-def test_golden(name: str, norm: Function) -> None:
-    assert_golden(fuse(norm, "fuse_norm", torch.bfloat16).graph, name)
+def test_golden(golden_graph: GoldenGraph, name: str, norm: Function) -> None:
+    golden_graph(fuse(norm, "fuse_norm", torch.bfloat16).graph, name)

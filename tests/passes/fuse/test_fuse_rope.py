@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from fuse_block import WIDTH, Fused, assert_golden, fuse
+from fuse_block import WIDTH, Fused, fuse
 from torch import Tensor
 
 from graphopt.ops import rope
+from graphopt.testing import GoldenGraph
 
 HALF = WIDTH // 2
 FLOATS = [torch.float32, torch.bfloat16]
@@ -369,5 +370,5 @@ def test_half_tables_of_the_op_are_the_wide_ones(interleaved: bool) -> None:
     ("name", "rotation"),
     [("rope", llama), ("rope_partial", partial(8, False, rotate_pairs)), ("rope_complex", llama4)],
 )
-def test_golden(name: str, rotation: Rotate) -> None:
-    assert_golden(fuse_rope(rotation).graph, name)
+def test_golden(golden_graph: GoldenGraph, name: str, rotation: Rotate) -> None:
+    golden_graph(fuse_rope(rotation).graph, name)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from fuse_block import WIDTH, assert_golden, fuse
+from fuse_block import WIDTH, fuse
 from run_graph import CLEANUP, FUSE, apply, assert_close, assert_idempotent, run
 from tiny_models import tiny_llama
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.capture import capture
 from graphopt.ir.weights import PackedWeight
+from graphopt.testing import GoldenGraph
 
 
 class Projections(nn.Module):
@@ -152,5 +153,6 @@ def test_it_runs_only_when_asked_for(enable: list[str]) -> None:
         assert_close(program(ids), model(ids).logits)
 
 
-def test_golden() -> None:
-    assert_golden(fuse(Projections(biases=(True, False, True)), "merge_qkv").graph, "merge_qkv")
+def test_golden(golden_graph: GoldenGraph) -> None:
+    fused = fuse(Projections(biases=(True, False, True)), "merge_qkv")
+    golden_graph(fused.graph, "merge_qkv_biases")
