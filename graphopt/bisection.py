@@ -23,7 +23,7 @@ from graphopt.capture import ModelSource, capture
 from graphopt.capture.capture import Dynamic, Example
 from graphopt.errors import GraphoptError, PassError, UnsupportedError
 from graphopt.graph_diff import collapsed_diff
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Graph, namespaces_of
 from graphopt.ir.printer import print_graph
 from graphopt.models import load
 from graphopt.options import check_limits, names_in, pass_names
@@ -96,7 +96,9 @@ class Bisection:
         )
         inputs = {f"{i:02d}": t.clone().contiguous() for i, t in enumerate(self.inputs)}
         save_file(inputs, path / "inputs.safetensors")
-        (path / "reproduce.py").write_text(_REPRODUCER)
+        known = namespaces_of(self.before) | namespaces_of(self.after or self.before)
+        script = _REPRODUCER.replace("NAMESPACES", repr(sorted(known)))
+        (path / "reproduce.py").write_text(script)
 
 
 _REPRODUCER = '''"""Runs the graph before and after one rewrite; prints how far apart they are."""
@@ -112,7 +114,11 @@ folder = Path(__file__).parent
 weights = load_file(folder / "weights.safetensors")
 inputs = [tensor for _, tensor in sorted(load_file(folder / "inputs.safetensors").items())]
 before, after = (
-    outputs_of(parse_graph((folder / f"{name}.gir").read_text(), weights), inputs)
+    outputs_of(
+        # Ops of a library of your own: import it above.
+        parse_graph((folder / f"{name}.gir").read_text(), weights, namespaces=NAMESPACES),
+        inputs,
+    )
     for name in ("before", "after")
 )
 print((folder / "rewrite.diff").read_text())

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from graphopt.errors import ProgramFormatError, VerifyError
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Graph, namespaces_of
 from graphopt.ir.parser import parse_graph
 from graphopt.ir.printer import print_graph
 from graphopt.ir.verify import verify
@@ -51,7 +51,8 @@ class EditAfter:
                 raise ProgramFormatError(f"the edit after {pass_.name}: {error}")
             start = time.perf_counter()
             try:
-                parsed = parse_graph(edited, graph.weights, graph.packed)
+                names = namespaces_of(graph)
+                parsed = parse_graph(edited, graph.weights, graph.packed, names)
                 verify(parsed, after=NAME)
                 self._check_form(graph, parsed)
                 break

@@ -17,6 +17,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,11 +136,16 @@ def _unshared(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_program(
-    folder: str | Path, *, backend: str | None = None, threads: int | None = None
+    folder: str | Path,
+    *,
+    backend: str | None = None,
+    threads: int | None = None,
+    namespaces: Collection[str] = (),
 ) -> Program:
     """Load what `Program.save` wrote.
 
     backend: run on another backend than the one it was compiled for. threads: of the cpu backend.
+    namespaces: of the torch ops of a model's own library, which must be imported before.
     Raises ProgramFormatError when a file is missing, altered, unlisted or unreadable.
     """
     start = time.perf_counter()
@@ -150,7 +156,7 @@ def load_program(
         options = replace(options, backend=backend)
     check_threads(options.backend, threads)
     weights = mapped_weights(path / WEIGHTS)
-    graph = parse_graph(_text(path / FORWARD), weights)
+    graph = parse_graph(_text(path / FORWARD), weights, namespaces=namespaces)
     graph.limits = manifest.limits
     serving = parse_graph(_text(path / SERVING), weights) if manifest.serving else None
     report = _read_report(path)

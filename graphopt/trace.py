@@ -15,7 +15,7 @@ from typing import Any
 
 from graphopt.errors import ProgramFormatError, VerifyError
 from graphopt.graph_diff import collapsed_diff
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Graph, namespaces_of
 from graphopt.ir.parser import first_difference, parse_graph
 from graphopt.ir.printer import print_graph
 from graphopt.passes.base import Pass
@@ -132,7 +132,7 @@ class TraceRecorder:
 def check_round_trip(graph: Graph, text: str, name: str) -> None:
     """Raise VerifyError when `text` does not read back as `graph`."""
     try:
-        again = parse_graph(text, graph.weights, graph.packed)
+        again = parse_graph(text, graph.weights, graph.packed, namespaces_of(graph))
     except ProgramFormatError as error:
         raise VerifyError(f"after {name}: the graph text does not read back: {error}") from error
     difference = first_difference(graph, again)

@@ -168,6 +168,12 @@ def dtype_of(node: fx.Node) -> torch.dtype:
     return dtype
 
 
+def namespaces_of(graph: Graph) -> set[str]:
+    """Namespaces of the torch ops that a graph calls."""
+    targets = (node.target for node in graph.nodes if node.op == "call_function")
+    return {target.namespace for target in targets if isinstance(target, torch._ops.OpOverload)}
+
+
 def value_name(node: fx.Node) -> str:
     """`%12`, `%input_ids`, `@norm.weight`: the name that a value has in the graph text."""
     if node.op == "call_function" and "number" in node.meta:

@@ -1,19 +1,20 @@
 """Reads `.gir` text back into a Graph.
 
 Shapes are inferred again from the inputs' types and compared with the printed ones, so a text that
-was edited wrongly is refused at its line. Only ATen and prims ops, those that graphopt and its
-plugins define, and a closed list of arithmetic on sizes can be named: a text can compute, and
-nothing else. White space outside strings, blank lines and lines that are a comment (`# ...`) may be
-anywhere.
+was edited wrongly is refused at its line. Only ATen and prims ops, those that graphopt, its plugins
+and transformers define, and a closed list of arithmetic on sizes can be named: a text can compute,
+and nothing else. White space outside strings, blank lines and lines that are a comment (`# ...`)
+may be anywhere.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -39,6 +40,8 @@ SIZE_FUNCTIONS |= {
     name: getattr(torch, name) for name in ("sym_max", "sym_min", "sym_float", "sym_int", "sym_not")
 }
 SIZE_FUNCTIONS |= {name: getattr(math, name) for name in ("ceil", "floor", "trunc")}
+_LIBRARIES = {"transformers": "transformers.integrations.moe"}
+"""Namespaces of ops that Hugging Face models are captured with -> the module that defines them."""
 _CONSTANTS: dict[str, Any] = {
     "None": None,
     "True": True,
@@ -75,9 +78,13 @@ WeightMaker = Callable[[str, torch.dtype, tuple[int, ...]], Tensor]
 
 class _Parser:
     def __init__(
-        self, weights: Mapping[str, Tensor] | WeightMaker, packed: Mapping[str, PackedWeight]
+        self,
+        weights: Mapping[str, Tensor] | WeightMaker,
+        packed: Mapping[str, PackedWeight],
+        namespaces: Collection[str],
     ) -> None:
         self.defined = load_all()
+        self.namespaces = {"aten", "prims", *_LIBRARIES, *namespaces}
         self.weights, self.packed = weights, packed
         self.fake = SymbolicInputs()
         self.graph = Graph("", graph_module(fx.Graph()), (), {}, dict(packed))
@@ -222,15 +229,16 @@ class _Parser:
             return SIZE_FUNCTIONS[rest]
         if name in self.defined:
             return self.defined[name].overload
-        known = {defined.partition(".")[0] for defined in self.defined} | {"aten", "prims", "sym"}
-        if namespace not in known:
+        known = {defined.partition(".")[0] for defined in self.defined} | {"sym"}
+        if namespace not in {*known, *self.namespaces}:
             raise self.fail(
                 f"unknown op {name!r}: no installed plugin defines ops of the namespace "
-                f"{namespace!r}; there are {', '.join(sorted(known))}"
+                f"{namespace!r}; there are {', '.join(sorted({*known, *self.namespaces}))}"
             )
+        if namespace in _LIBRARIES:
+            importlib.import_module(_LIBRARIES[namespace])
         parts = rest.split(".")
-        is_op = namespace in ("aten", "prims") and 1 <= len(parts) <= 2
-        if is_op and not any(part.startswith("__") for part in parts):
+        if namespace in self.namespaces and 1 <= len(parts) <= 2:
             packet = getattr(getattr(torch.ops, namespace), parts[0], None)
             op = getattr(packet, parts[1] if len(parts) == 2 else "default", None)
             if isinstance(op, torch._ops.OpOverload):
@@ -296,13 +304,16 @@ def parse_graph(
     text: str,
     weights: Mapping[str, Tensor] | WeightMaker,
     packed: Mapping[str, PackedWeight] | None = None,
+    namespaces: Collection[str] = (),
 ) -> Graph:
     """The graph that `text` describes, reading `weights` by name, or making them.
 
+    namespaces: of torch ops that are allowed although nobody told graphopt of them: those of a
+    model's own library, which must be imported.
     Raises ProgramFormatError with the line number for text that is malformed, names unknown ops or
     weights, or does not type-check.
     """
-    return _Parser(weights, packed or {}).run(text)
+    return _Parser(weights, packed or {}, namespaces).run(text)
 
 
 def first_difference(left: Graph, right: Graph, *, canonical: bool = False) -> str | None:

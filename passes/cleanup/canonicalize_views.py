@@ -49,7 +49,6 @@ class CanonicalizeViews(Pass[Respelled]):
 
     name: ClassVar[str] = "canonicalize_views"
     stage: ClassVar[Stage] = "cleanup"
-    after: ClassVar[tuple[str, ...]] = ("remove_noops",)
 
     def match(self, graph: Graph) -> Iterable[fx.Node]:
         """Shape ops that are not in canonical form."""

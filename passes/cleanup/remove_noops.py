@@ -6,7 +6,8 @@
 
 Covers casts and moves to the same dtype and device, alias, detach, clone, dropout that is off,
 multiplying or dividing by 1, adding or subtracting the integer 0 to integers (x + 0.0 would turn
--0.0 into 0.0), slices of a whole axis, and expand or reshape to the same shape. Exact.
+-0.0 into 0.0), slices of a whole axis, and expand or reshape to the same shape. A copy that gives a
+view the layout it needs stays. Exact.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _COPIES = (
     aten.clone.default,
     aten.contiguous.default,
 )
+_LAYOUTS = (aten.clone.default, aten.contiguous.default)
 _SHAPES = (
     aten.expand.default,
     aten.view.default,
@@ -63,6 +65,7 @@ class RemoveNoops(Pass[Noop]):
 
     name: ClassVar[str] = "remove_noops"
     stage: ClassVar[Stage] = "cleanup"
+    after: ClassVar[tuple[str, ...]] = ("canonicalize_views",)
 
     def match(self, graph: Graph) -> Iterable[fx.Node]:
         """Calls that are no-ops for some operands."""
@@ -73,6 +76,14 @@ class RemoveNoops(Pass[Noop]):
         operand = _operand(node)
         if operand is None:
             return Reject("not-a-noop", "an operand changed since it was matched", node)
+        for user in node.users:
+            if is_call(node, *_LAYOUTS) and is_call(user, aten.view.default):
+                return Reject(
+                    "layout-needed",
+                    "a view reads the layout that this copy makes",
+                    user,
+                    "let canonicalize_views run before: a reshape needs no layout",
+                )
         return Noop(node, operand)
 
     def rewrite(self, builder: GraphBuilder, bound: Noop) -> None:

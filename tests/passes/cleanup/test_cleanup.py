@@ -88,6 +88,21 @@ def test_integer_zero_is_dropped() -> None:
     assert graph.op_counts()["aten.add.Tensor"] == 1
 
 
+def test_a_copy_stays_while_a_view_reads_its_layout() -> None:
+    def turned(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).contiguous().view(-1, 6)
+
+    x = torch.randn(3, 5, 6)
+    graph = graph_of(turned, x)
+    before = run(graph, x)
+    report = apply(graph, "remove_noops")
+    (left,) = report.rejections("remove_noops")
+    assert (left.code, graph.op_counts()["aten.contiguous"]) == ("layout-needed", 1)
+    assert torch.equal(run(graph, x), before)
+    graph = check(turned, ("canonicalize_views", "remove_noops"))
+    assert graph.op_counts()["aten.contiguous"] == 0
+
+
 @pytest.mark.parametrize(
     "function",
     [
