@@ -15,7 +15,7 @@ from graphopt.capture import capture
 from graphopt.costs import NodeCost, axis_sizes, call_cost, graph_costs
 from graphopt.ir.graph import op_name
 from graphopt.machines import MACHINES, Machine
-from graphopt.ops import attention, linear_wq, rms_norm
+from graphopt.ops import attention, embedding_wq, linear_wq, rms_norm
 
 aten = torch.ops.aten
 
@@ -163,3 +163,22 @@ def test_bound_of_a_machine() -> None:
 def test_machines_are_whole(machine: Machine) -> None:
     assert machine.matrix["f32"] > 0
     assert machine.vector > machine.bytes_per_second / 1e3
+
+
+@pytest.mark.parametrize(
+    ("bits", "codes", "dtype"), [(4, 32, torch.float32), (8, 64, torch.bfloat16)]
+)
+def test_a_low_bit_embedding_by_hand(bits: int, codes: int, dtype: torch.dtype) -> None:
+    """Three ids of width 64, groups of 32, no zero points."""
+    spent = embedding_wq.SPEC.cost(
+        torch.zeros(1, 3, dtype=torch.int64),
+        torch.zeros(10, codes, dtype=torch.uint8),
+        torch.zeros(10, 2, dtype=torch.float16),
+        None,
+        bits=bits,
+        group=32,
+        offset=0,
+        dtype=dtype,
+    )
+    assert spent.flops == 3 * 64 * 2
+    assert spent.bytes == 3 * (codes + 2 * 2 + 64 * dtype.itemsize)

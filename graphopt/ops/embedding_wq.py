@@ -51,10 +51,20 @@ def fake(
     return torch.empty((*ids.shape, width), dtype=dtype, device=ids.device)
 
 
-def cost(ids: Tensor, codes_NKp: Tensor, scale_NG: Tensor, *_: object, **__: object) -> Cost:
-    """Two operations an element; the rows read once."""
-    row_bytes = nbytes(codes_NKp, scale_NG) / codes_NKp.shape[0]
-    return Cost(2.0 * ids.numel() * codes_NKp.shape[1], ids.numel() * row_bytes)
+def cost(
+    ids: Tensor,
+    codes_NKp: Tensor,
+    scale_NG: Tensor,
+    zero_NG: Tensor | None = None,
+    *,
+    bits: int,
+    dtype: torch.dtype,
+    **_: object,
+) -> Cost:
+    """Two operations an element; the rows read once, and written."""
+    width = codes_NKp.shape[1] * (2 if bits == 4 else 1)
+    row_bytes = nbytes(codes_NKp, scale_NG, zero_NG) / codes_NKp.shape[0]
+    return Cost(2.0 * ids.numel() * width, ids.numel() * (row_bytes + width * dtype.itemsize))
 
 
 SPEC = define(SCHEMA, reference=reference, fake=fake, cost=cost)
