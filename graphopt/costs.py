@@ -47,7 +47,7 @@ _MOVES = {
 }  # fmt: skip
 _SOFTMAX = {aten.softmax, aten._softmax, aten.log_softmax, aten._log_softmax}
 _CONVOLUTIONS = {aten.conv1d, aten.conv2d, aten.conv3d}
-_OUR_MATRIX_OPS = ("linear_wq", "attention", "paged_attention")
+_OUR_MATRIX_OPS = ("graphopt.linear_wq", "graphopt.attention", "graphopt.paged_attention")
 
 
 @dataclass(frozen=True, slots=True)
