@@ -18,7 +18,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from graphopt.errors import CaptureError
 from graphopt.ir.clean import remove_dead
-from graphopt.ir.graph import Graph, InputSpec, graph_module
+from graphopt.ir.graph import Graph, InputSpec, graph_module, value_name
 from graphopt.ops.registry import is_impure
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
@@ -144,11 +144,9 @@ def graph_from_exported(
 def _number(graph: Graph) -> None:
     """Every value of a captured graph comes from itself: later ones name these."""
     for node in graph.nodes:
-        name = f"@{node.target}" if node.op == "get_attr" else f"%{node.target}"
         if node.op == "call_function":
             node.meta["number"] = graph.take_number()
-            name = f"%{node.meta['number']}"
-        node.meta["history"] = frozenset([name])
+        node.meta["history"] = frozenset([value_name(node)])
 
 
 def _flat_outputs(node: fx.Node, mapping: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from graphopt.ir.names import weight_text
 from graphopt.ir.weights import PackedWeight
 from graphopt.report import PassRecord
 
@@ -178,7 +179,8 @@ def value_name(node: fx.Node) -> str:
     """`%12`, `%input_ids`, `@norm.weight`: the name that a value has in the graph text."""
     if node.op == "call_function" and "number" in node.meta:
         return f"%{node.meta['number']}"
-    return f"@{node.target}" if node.op == "get_attr" else f"%{node.target}"
+    target = str(node.target)
+    return f"@{weight_text(target)}" if node.op == "get_attr" else f"%{target}"
 
 
 def where(node: fx.Node) -> str:

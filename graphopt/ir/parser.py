@@ -24,6 +24,7 @@ from graphopt.errors import ProgramFormatError
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph, InputKind, InputSpec, graph_module
 from graphopt.ir.history import read_history
+from graphopt.ir.names import plain_name
 from graphopt.ir.printer import VERSION, Printer
 from graphopt.ir.shapes import DTYPES_BY_NAME, SymbolicInputs
 from graphopt.ir.weights import PackedWeight
@@ -58,12 +59,12 @@ _CONSTANTS: dict[str, Any] = {
     },
 }
 _TOKEN = re.compile(
-    r"\s*(?:(?P<string>\"(?:[^\"\\]|\\.)*\")|(?P<ref>[%@][\w.]+)"
+    r"\s*(?:(?P<string>\"(?:[^\"\\]|\\.)*\")|(?P<ref>[%@][\w.\\]+)"
     r"|(?P<number>-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)|(?P<word>[A-Za-z_][\w.]*)|(?P<mark>[][(),=]))"
 )
 _INPUT = re.compile(r"input\s+%(?P<name>\w+)\s*:\s*(?P<type>.+?)\s+(?P<kind>user|cache)")
 _WEIGHT = re.compile(
-    r"weight\s+@(?P<name>[\w.]+)(?:\{(?P<first>\d+)-(?P<last>\d+)\}(?P<tail>[\w.]*))?"
+    r"weight\s+@(?P<name>[\w.\\]+)(?:\{(?P<first>\d+)-(?P<last>\d+)\}(?P<tail>[\w.\\]*))?"
     r"\s*:\s*(?P<type>.+)"
 )
 _CALL = re.compile(
@@ -155,7 +156,8 @@ class _Parser:
         for number in range(first, last + 1):
             self._weight(f"{match['name']}{number}{match['tail']}", match["type"])
 
-    def _weight(self, name: str, kind: str) -> None:
+    def _weight(self, written: str, kind: str) -> None:
+        name = plain_name(written)
         dtype, sizes = self._tensor_type(kind)
         if callable(self.weights):
             fixed = tuple(size for size in sizes if isinstance(size, int))
@@ -171,8 +173,8 @@ class _Parser:
                 f"weight {name!r} is {data.dtype} {list(data.shape)}, the text says {kind}"
             )
         node = self.builder.weight(name, data, like=[])
-        node.meta["history"] = frozenset([f"@{name}"])
-        self.nodes[f"@{name}"] = node
+        node.meta["history"] = frozenset([f"@{written}"])
+        self.nodes[f"@{written}"] = node
 
     def _call(self, match: re.Match[str]) -> None:
         target = self._target(match["op"])
@@ -181,8 +183,8 @@ class _Parser:
             node = self.builder.emit(target, args, kwargs, like=[])
         except Exception as error:
             raise self.fail(f"{match['op']} does not type-check: {error}") from error
-        node.meta["layer"] = (match["layer"] or "").strip()
-        node.meta["source"] = (match["source"] or "").strip()
+        node.meta["layer"] = plain_name((match["layer"] or "").strip())
+        node.meta["source"] = plain_name((match["source"] or "").strip())
         node.meta["history"] = read_history(match["history"] or match["number"])
         if match["number"] in self.nodes:
             raise self.fail(f"{match['number']} is defined twice")

@@ -34,6 +34,7 @@ from torch import Tensor, fx
 from graphopt.errors import VerifyError
 from graphopt.ir.graph import Graph, op_name, value_name
 from graphopt.ir.history import write_history
+from graphopt.ir.names import comment_text, weight_text
 from graphopt.ir.shapes import DTYPE_NAMES
 
 VERSION = 1
@@ -71,7 +72,9 @@ class Printer:
                 self._numbers[node] = f"%{count}" if self.canonical else value_name(node)
                 body.append(self._line(node))
                 count += 1
-        types = {name: self.type(weights[name].meta["val"]) for name in sorted(weights)}
+        types = {
+            weight_text(name): self.type(weights[name].meta["val"]) for name in sorted(weights)
+        }
         lines += [f"weight @{name} : {kind}" for name, kind in _alike(types)]
         outputs = ", ".join(self._numbers[n] for n in graph.output_nodes)
         return "\n".join([*lines, *body, f"return {outputs}", ""])
@@ -80,11 +83,11 @@ class Printer:
         arguments = [self.value(a) for a in node.args]
         arguments += [f"{key}={self.value(value)}" for key, value in _told(node)]
         call = f"{op_name(node)}({', '.join(arguments)})"
-        layer = node.meta["layer"]
+        layer = comment_text(node.meta["layer"])
         left = f"{self._numbers[node]} : {self.type(node.meta['val'])}"
         if self.canonical:
             return f"{left} = {call}  # {layer}" if layer else f"{left} = {call}"
-        line = f"{left} = {call}  # {layer} | {node.meta['source']}"
+        line = f"{left} = {call}  # {layer} | {comment_text(node.meta['source'])}"
         if node.meta["history"] == {self._numbers[node]}:
             return line
         return f"{line} | {write_history(node.meta['history'])}"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from run_graph import CLEANUP, FUSE, apply, run
 from tiny_models import tiny_llama
+from torch import nn
 
 from graphopt.capture import capture
 from graphopt.errors import ProgramFormatError
@@ -143,3 +144,32 @@ def test_every_truncation_is_refused(graphs: dict[str, Graph]) -> None:
     for count in range(0, len(lines) - 1, 7):
         with pytest.raises(ProgramFormatError):
             parse_graph("\n".join(lines[:count]), graph.weights)
+
+
+# torch.export itself takes no quotes and no line ends.
+ODD = ("a b", "a|b", "a # b", "ba\\ck", "\\u00007c", " lead", "trail ", "ü€😀", "b,c", "{0-3}", "0")
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_any_module_name_reads_back(name: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleDict({name: nn.Linear(4, 4), "plain": nn.Linear(4, 4)})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for part in self.parts.values():
+                x = part(x)
+            return x
+
+    graph = capture(Model().eval(), torch.randn(2, 4))
+    assert f"parts.{name}.weight" in graph.weights
+    assert f"parts.{name}" in {node.meta["layer"] for node in graph.nodes}
+    text = print_graph(graph)
+    again = parse_graph(text, graph.weights)
+    assert first_difference(graph, again) is None
+    assert set(again.weights) == set(graph.weights)
+    assert [n.meta["layer"] for n in again.nodes if n.op == "call_function"] == [
+        n.meta["layer"] for n in graph.nodes if n.op == "call_function"
+    ]
+    assert print_graph(again) == text
