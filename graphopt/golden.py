@@ -11,7 +11,7 @@ what the weights hold do not matter, so a file may be written and annotated by h
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -47,14 +47,16 @@ class Golden:
         index: int,
         weights: Mapping[str, Tensor] | None = None,
         packed: Mapping[str, PackedWeight] | None = None,
+        namespaces: Collection[str] = (),
     ) -> Graph:
         """Section `index` as a graph. Weights that are not given are random, always the same ones.
 
+        namespaces: as for `parse_graph`: of a model's own torch ops.
         Raises ProgramFormatError with the line of the file.
         """
         # Blank lines stand for what is above the section, so that the parser counts them.
         text = "\n" * self.starts[index] + self.sections[index]
-        return parse_graph(text, _RandomWeights(weights or {}), packed)
+        return parse_graph(text, _RandomWeights(weights or {}), packed, namespaces)
 
 
 def read_golden(path: Path) -> Golden:
@@ -185,9 +187,10 @@ class _RandomWeights:
         return torch.randint(0, 2, shape, generator=self._generator).to(dtype)
 
 
-def read_sections(golden: Golden, path: Path) -> list[Graph]:
+def read_sections(golden: Golden, path: Path, namespaces: Collection[str] = ()) -> list[Graph]:
     """The sections as graphs. Raises GoldenError with the file and the line."""
     try:
-        return [golden.graph(index) for index in range(len(golden.sections))]
+        places = range(len(golden.sections))
+        return [golden.graph(index, namespaces=namespaces) for index in places]
     except ProgramFormatError as error:
         raise GoldenError(f"{shown(path)}: {error}") from error

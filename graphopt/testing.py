@@ -34,7 +34,7 @@ from graphopt.golden import (
     shown,
     structure,
 )
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Graph, namespaces_of
 from graphopt.ir.printer import canonical_text
 from graphopt.ir.verify import verify
 from graphopt.ir.weights import PackedWeight
@@ -278,7 +278,7 @@ def _problem(path: Path, found: Sequence[Graph], pass_name: str) -> tuple[str, l
         return f"{shown(path)} does not exist", kept
     try:
         golden = read_golden(path)
-        old = read_sections(golden, path)
+        old = read_sections(golden, path, set().union(*map(namespaces_of, found)))
     except GoldenError as error:
         return str(error), kept
     for index, (theirs, ours) in enumerate(zip(old, found, strict=False)):

@@ -80,8 +80,24 @@ def test_chat(tmp_path: Path) -> None:
     assert "red" in run(ROOT / "examples" / "chat.py", tmp_path).stdout.lower()
 
 
+@pytest.mark.slow
+def test_wrong_rewrite(tmp_path: Path) -> None:
+    """The rewrite that `graphopt bisect` finds is the one that the documentation prints."""
+    script = str(ROOT / "examples" / "wrong_rewrite.py")
+    main = "from graphopt.cli import main; main()"
+    command = [sys.executable, "-c", main, "bisect", script, "--out", "case"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1, done.stderr
+    text = (ROOT / "docs" / "debugging.md").read_text()
+    (first,) = re.findall(r"^first bad rewrite: .*", text, re.MULTILINE)
+    # Lines are wrapped at the width of the terminal, and line numbers are those of transformers.
+    assert first.rpartition(":")[0] in " ".join(done.stdout.split())
+    assert "relative error" in run(tmp_path / "case" / "reproduce.py", tmp_path / "case").stdout
+
+
 def test_every_example_is_tested() -> None:
-    tested = {"compile_a_module.py", "write_a_pass.py", "chat.py", "graphopt_acme"}
+    scripts = {"compile_a_module.py", "write_a_pass.py", "chat.py", "wrong_rewrite.py"}
+    tested = {*scripts, "graphopt_acme"}
     found = {path.name for path in (ROOT / "examples").iterdir()} - {"__pycache__"}
     assert found == tested
 

@@ -213,6 +213,28 @@ def test_a_program_without_a_cache_says_why(tmp_path: Path) -> None:
         GoldenGraph(tmp_path, accept=True)(served, "conv", form="serving")
 
 
+def test_a_model_with_an_op_of_its_own_is_compared(tmp_path: Path) -> None:
+    """An op that nobody defined through graphopt: the graph in hand says that it is meant."""
+
+    @torch.library.custom_op("goldentest::twice", mutates_args=())
+    def twice(x: Tensor) -> Tensor:
+        return x + x
+
+    @twice.register_fake
+    def _(x: Tensor) -> Tensor:
+        return torch.empty_like(x)
+
+    class Own(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.goldentest.twice(x).pow(2)
+
+    graph = capture(Own().eval(), torch.randn(2, 16), dynamic={"x": {0: "batch"}})
+    GoldenGraph(tmp_path, accept=True).rewrite(graph, FoldPow, "own")
+    GoldenGraph(tmp_path).rewrite(graph, FoldPow, "own")
+    with pytest.raises(GoldenError, match=r"no installed plugin defines .* 'goldentest'"):
+        GoldenGraph(tmp_path).replay("own", FoldPow)
+
+
 class FoldPow(Pass[fx.Node]):
     """x ** 2 becomes x * x; a model of a pass that is not registered."""
 
