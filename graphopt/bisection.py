@@ -8,6 +8,7 @@ captured one did.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,17 +22,17 @@ from torch.export import ExportedProgram
 
 from graphopt.capture import ModelSource, capture
 from graphopt.capture.capture import Dynamic, Example
-from graphopt.errors import GraphoptError, PassError, UnsupportedError
+from graphopt.errors import PassError, UnsupportedError
 from graphopt.graph_diff import collapsed_diff
 from graphopt.ir.graph import Graph, namespaces_of
 from graphopt.ir.printer import print_graph
 from graphopt.models import load
 from graphopt.options import check_limits, names_in, pass_names
-from graphopt.oracle import outputs_of, random_inputs, relative_error
-from graphopt.passes.base import Pass
+from graphopt.oracle import fitting, outputs_of, random_inputs, relative_error
+from graphopt.passes.base import Pass, run_pass
 from graphopt.passes.manager import PassManager
 from graphopt.passes.registry import ordered
-from graphopt.report import Report, Site
+from graphopt.report import LIMIT, Rejection, Report, Site
 
 Judge = Callable[[Graph], bool]
 TOLERANCE = 1e-3
@@ -97,7 +98,9 @@ class Bisection:
         inputs = {f"{i:02d}": t.clone().contiguous() for i, t in enumerate(self.inputs)}
         save_file(inputs, path / "inputs.safetensors")
         known = namespaces_of(self.before) | namespaces_of(self.after or self.before)
-        script = _REPRODUCER.replace("NAMESPACES", repr(sorted(known)))
+        template = _RAISING if self.after is None else _REPRODUCER
+        script = template.replace("NAMESPACES", repr(sorted(known)))
+        script = script.replace("PASS", repr(self.pass_name))
         (path / "reproduce.py").write_text(script)
 
 
@@ -123,6 +126,25 @@ before, after = (
 )
 print((folder / "rewrite.diff").read_text())
 print(f"relative error of this rewrite: {relative_error(after, before):.3e}")
+'''
+
+
+_RAISING = '''"""Runs the pass that raised, on the graph before it."""
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from graphopt.ir.parser import parse_graph
+from graphopt.passes.manager import PassManager
+from graphopt.report import Report
+
+# A pass or ops of your own: import them here.
+folder = Path(__file__).parent
+weights = load_file(folder / "weights.safetensors")
+before = parse_graph((folder / "before.gir").read_text(), weights, namespaces=NAMESPACES)
+PassManager([PASS]).run(before, Report())
+print("the pass raised nothing")
 '''
 
 
@@ -198,7 +220,11 @@ class _Search:
         inputs: Sequence[Tensor] | None,
         tolerance: float | None,
     ) -> None:
-        self.inputs = random_inputs(graph) if inputs is None else tuple(inputs)
+        if tolerance is not None and not 0 <= tolerance < math.inf:
+            raise UnsupportedError(f"tolerance={tolerance!r} must be a number >= 0")
+        if is_good is not None and not callable(is_good):
+            raise UnsupportedError(f"is_good={is_good!r} must be a function of a graph")
+        self.inputs = random_inputs(graph) if inputs is None else fitting(graph, inputs)
         self.is_good = is_good
         self.tried = 0
         self.failure = ""
@@ -234,7 +260,8 @@ class _Search:
         try:
             limits = {} if limit is None else {cls.name: limit}
             PassManager([cls.name], limits=limits).run(graph, Report())
-        except GraphoptError as error:
+        # Whatever a pass raises is the finding.
+        except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"
             return self.failure
         return ""
@@ -263,6 +290,18 @@ class _Search:
                 good = middle
         return self._found(cls, before, good, known_bad, start)
 
+    def _next_site(self, cls: type[Pass[Any]], before: Graph, good: int | None) -> Site | None:
+        """The rewrite after `good` ones, of a pass that does not get beyond it."""
+        if good is None:
+            return None
+        try:
+            candidates = run_pass(cls(), before.copy(), good)
+        except Exception:
+            return None
+        refused = (c for c in candidates if isinstance(c.result, Rejection))
+        at = next((c for c in refused if getattr(c.result, "code", "") == LIMIT), None)
+        return None if at is None else Site(f"{cls.name}#{good}", at.layer, at.source)
+
     def _found(
         self,
         cls: type[Pass[Any]],
@@ -281,14 +320,14 @@ class _Search:
         try:
             PassManager([cls.name], limits=limits).run(first_bad, report)
             self.good(first_bad)
-        except GraphoptError as raised:
+        except Exception as raised:
             self.failure, is_whole = f"{type(raised).__name__}: {raised}", False
         error = self.measured
         sites = report.passes[-1].sites if report.passes else ()
         diff = collapsed_diff(print_graph(last_good), print_graph(first_bad)) if is_whole else ""
         return Bisection(
             cls.name,
-            sites[-1] if sites and bad is not None else None,
+            sites[-1] if sites and bad is not None else self._next_site(cls, before, good),
             error,
             None if self.failure else self.error(last_good),
             diff,

@@ -395,10 +395,14 @@ def bisect(
     if target.endswith(".py"):
         if not Path(target).is_file():
             raise UnsupportedError(f"{target} is no file")
-        known = runpy.run_path(target)
+        known = _script(Path(target))
         if "model" not in known:
             raise UnsupportedError(f"{target} defines no `model`")
-    elif not is_program(Path(target)):
+    elif is_program(Path(target)) or is_dump(Path(target)):
+        raise UnsupportedError(
+            f"{target} is compiled already; bisect the model that it was compiled from"
+        )
+    else:
         known["model"] = load(target, weights="dense")
     found = graphopt.bisect(
         known["model"],
@@ -416,6 +420,17 @@ def bisect(
         found.save(out)
         console.print(Text(f"reproducer: python {out / 'reproduce.py'}"))
     raise typer.Exit(1)
+
+
+def _script(path: Path) -> dict[str, Any]:
+    """What a script defines, run as `python script.py` would, imports from its folder included."""
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        return runpy.run_path(str(path))
+    except SystemExit as error:
+        raise UnsupportedError(f"{path} ends the process ({error.code!r}) before the end") from None
+    finally:
+        sys.path.remove(str(path.resolve().parent))
 
 
 @app.command()

@@ -90,7 +90,7 @@ def edit_with(editor: str | None, console: Console) -> Edit:
     UnsupportedError when no editor is known.
     """
     chosen = editor or Config.from_environment().editor
-    if not chosen:
+    if not chosen.strip():
         raise UnsupportedError("--edit-after needs an editor: give --editor, or set EDITOR")
 
     def edit(text: str, error: str) -> str:
@@ -99,14 +99,19 @@ def edit_with(editor: str | None, console: Console) -> Edit:
             if not sys.stdin.isatty() or not typer.confirm("Edit again?", default=True):
                 raise GraphoptError(f"the edited text is in {_write(text)}: {error}")
         path = _write(text)
-        command = [*shlex.split(chosen), str(path)]
         try:
+            command = [*shlex.split(chosen), str(path)]
             status = subprocess.call(command)
-        except OSError as failure:
+        except (OSError, ValueError) as failure:
             raise UnsupportedError(f"the editor {chosen!r} cannot be run: {failure}") from None
         if status:
             raise GraphoptError(f"the editor {chosen!r} ended with status {status}; text: {path}")
-        edited = path.read_text(encoding="utf-8")
+        try:
+            edited = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as failure:
+            raise GraphoptError(
+                f"the editor {chosen!r} left no text in {path}: {failure}"
+            ) from None
         path.unlink()
         return edited
 

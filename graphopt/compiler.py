@@ -143,45 +143,45 @@ def compile(
             PassManager(
                 serving_names, limits=_of(chosen_limits, serving_names), instruments=watchers
             ).run(serving_graph, report)
+        if serving_graph is None:
+            refusal = _not_asked(serving)
+        elif serving_graph.dialect != "serving":
+            serving_graph = None
+            refusals = report.rejections("insert_kv_cache")
+            refusal = refusals[-1] if refusals else None
+        report.seconds["passes"] = time.perf_counter() - start
+        check_counts(expected, graph, serving_graph, report)
+        if activations == "int8" and not report.sites("quantize_activations"):
+            report.note(_why_not_int8(report))
+
+        start = time.perf_counter()
+        described = source if isinstance(source, ModelSource) else None
+        options = ProgramOptions(
+            name=graph.name,
+            backend=backend,
+            kv_dtype=kv_dtype,
+            max_context=_max_context(source, graph),
+            eos_token_ids=described.eos_token_ids if described else end_token_ids(source),
+        )
+        tokenizer = described.tokenizer if described else None
+        if isinstance(model, str):
+            # Nobody else holds the loaded module: let its weights go as they are packed.
+            del source, described
+        program = Program(
+            graph,
+            serving_graph,
+            refusal,
+            options,
+            select(backend, report, threads),
+            report,
+            tokenizer,
+            recorder.trace,
+        )
+        report.seconds["lower"] = time.perf_counter() - start
     except Exception as error:
         if writer is not None:
             writer.failed(serving_graph or graph, report, recorder.trace, recorder.running, error)
         raise
-    if serving_graph is None:
-        refusal = _not_asked(serving)
-    elif serving_graph.dialect != "serving":
-        serving_graph = None
-        refusals = report.rejections("insert_kv_cache")
-        refusal = refusals[-1] if refusals else None
-    report.seconds["passes"] = time.perf_counter() - start
-    check_counts(expected, graph, serving_graph, report)
-    if activations == "int8" and not report.sites("quantize_activations"):
-        report.note(_why_not_int8(report))
-
-    start = time.perf_counter()
-    described = source if isinstance(source, ModelSource) else None
-    options = ProgramOptions(
-        name=graph.name,
-        backend=backend,
-        kv_dtype=kv_dtype,
-        max_context=_max_context(source, graph),
-        eos_token_ids=described.eos_token_ids if described else end_token_ids(source),
-    )
-    tokenizer = described.tokenizer if described else None
-    if isinstance(model, str):
-        # Nobody else holds the loaded module: let its weights go as they are packed.
-        del source, described
-    program = Program(
-        graph,
-        serving_graph,
-        refusal,
-        options,
-        select(backend, report, threads),
-        report,
-        tokenizer,
-        recorder.trace,
-    )
-    report.seconds["lower"] = time.perf_counter() - start
     if writer is not None:
         writer.finish(options.name, report, recorder.trace, program.kernel_calls)
     if serving == "required":

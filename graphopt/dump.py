@@ -69,6 +69,18 @@ class Dump:
     layers: tuple[str, ...] = ()
     ops: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Paths may be given as text. Raises UnsupportedError for anything else than described."""
+        if not isinstance(self.folder, (str, Path)) or not str(self.folder):
+            raise UnsupportedError(f"Dump(folder={self.folder!r}) is no folder")
+        object.__setattr__(self, "folder", Path(self.folder))
+        for option in ("passes", "layers", "ops"):
+            given = getattr(self, option)
+            is_list = isinstance(given, (tuple, list)) and all(isinstance(x, str) for x in given)
+            if not is_list:
+                raise UnsupportedError(f"Dump({option}={given!r}) must be a tuple of names")
+            object.__setattr__(self, option, tuple(given))
+
     @property
     def is_partial(self) -> bool:
         """True when graph files leave lines out."""
@@ -76,7 +88,7 @@ class Dump:
 
     def shows(self, text: str) -> bool:
         """Whether a line of a graph text passes the filters."""
-        line = read_line(text.removeprefix("-").removeprefix("+"))
+        line = read_line(text)
         return _matches(line.layer, self.layers) and _matches(line.op, self.ops)
 
 
@@ -110,16 +122,26 @@ class DumpWriter:
         self.dump = dump
         self._written: dict[str, str] = {}
         self._graphs: dict[int, str] = {}
-        self._clear()
+        try:
+            self._earlier: list[Path] | None = self._find_earlier()
+        except (OSError, ValueError) as error:
+            raise UnsupportedError(f"dump={str(dump.folder)!r} cannot be used: {error}") from None
 
-    def _clear(self) -> None:
+    def _find_earlier(self) -> list[Path]:
+        """The files of an earlier dump, after nothing was found that is in the way."""
         folder = self.dump.folder
         if folder.exists() and not folder.is_dir():
             raise UnsupportedError(f"dump={str(folder)!r} is a file; give a folder")
         listed = read_manifest(folder)["files"] if is_dump(folder) else {}
         earlier = []
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        for path in sorted(folder.rglob("*")):
             inside = path.relative_to(folder).as_posix()
+            if path.is_dir():
+                if _OURS.fullmatch(inside):
+                    raise UnsupportedError(f"{path} is in the way; dump into another folder")
+                continue
+            if inside in ("diffs", "kernels"):
+                raise UnsupportedError(f"{path} is in the way; dump into another folder")
             if not _OURS.fullmatch(inside):
                 continue
             is_ours = listed.get(inside) == _sha256(path.read_bytes())
@@ -127,9 +149,8 @@ class DumpWriter:
                 what = "was changed since it was dumped" if inside in listed else "is in the way"
                 raise UnsupportedError(f"{path} {what}; move it, or dump into another folder")
             earlier.append(path)
-        for path in earlier:
-            path.unlink()
         folder.mkdir(parents=True, exist_ok=True)
+        return earlier
 
     def step(self, step: TraceStep, previous: TraceStep | None) -> None:
         """Write the graph after a pass, and what the pass changed."""
@@ -139,9 +160,8 @@ class DumpWriter:
         self._graphs[step.number] = self._graph(step.file, step.text)
         if previous is None:
             return
-        diff = collapsed_diff(previous.text, step.text, previous.file, step.file)
-        if self.dump.is_partial:
-            diff = "\n".join(self._shown(diff)) + "\n"
+        shows = self.dump.shows if self.dump.is_partial else None
+        diff = collapsed_diff(previous.text, step.text, previous.file, step.file, shows)
         self._write(f"diffs/{step.file.removesuffix('.gir')}.diff", diff)
 
     def _graph(self, file: str, text: str) -> str:
@@ -151,10 +171,6 @@ class DumpWriter:
             text, file = "\n".join([*shown, ""]), file.replace(".gir", ".part.gir")
         self._write(file, text)
         return file
-
-    def _shown(self, diff: str) -> list[str]:
-        lines = diff.splitlines()
-        return [line for line in lines if line[:1] not in "+-" or self.dump.shows(line)]
 
     def finish(
         self,
@@ -190,10 +206,11 @@ class DumpWriter:
 
         running: name of the pass, "" when it was none.
         """
-        # A broken graph may be too broken to print.
-        with contextlib.suppress(GraphoptError, KeyError, AttributeError):
-            file = f"{len(report.passes) + 1:02d}_{running or 'passes'}.failed.gir"
-            self._write(file, print_graph(graph))
+        if running:
+            # A broken graph may be too broken to print.
+            with contextlib.suppress(GraphoptError, KeyError, AttributeError):
+                file = f"{len(report.passes) + 1:02d}_{running}.failed.gir"
+                self._write(file, print_graph(graph))
         text = f"{type(error).__name__}: {error}"
         self.finish(graph.name, report, trace, (), f"{running}: {text}" if running else text)
 
@@ -201,6 +218,10 @@ class DumpWriter:
         self._write_bytes(file, text.encode())
 
     def _write_bytes(self, file: str, data: bytes) -> None:
+        # Not before there is something to put in its place: capture may fail.
+        for path in self._earlier or ():
+            path.unlink(missing_ok=True)
+        self._earlier = None
         path = self.dump.folder / file
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)

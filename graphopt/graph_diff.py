@@ -8,15 +8,16 @@ side by side; `collapsed_diff` shows the changed ones, those of identical layers
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
-from graphopt.layers import layer_block, layer_range
+from graphopt.layers import layer_block, layer_numbers, layer_range, layer_shape
 
 Pair = tuple[str | None, str | None]
 
-_REFERENCE = re.compile(r"%\d+(?!\w)")
+_REFERENCE = re.compile(r"%\w+(?![\w#])")
 _DIGITS = re.compile(r"\d+")
 _NAME_NUMBER = re.compile(r"([%@][\w.]*?)(\d+)(?=[\s.])")
 _OP = re.compile(r"= ([\w.]+)\(")
@@ -156,53 +157,113 @@ def _numbered_alike(lines: Sequence[str]) -> list[str]:
     return shown
 
 
-def hunks(before: str, after: str) -> list[Hunk]:
-    """The changes, by layer; layers that changed alike are one hunk."""
+def hunks(before: str, after: str, shows: Callable[[str], bool] | None = None) -> list[Hunk]:
+    """The changes, by layer; layers that changed alike are one hunk.
+
+    shows: leaves changes out of which neither line is wanted.
+    """
     outside: list[tuple[Line | None, Line | None]] = []
     blocks: dict[str, list[tuple[Line | None, Line | None]]] = {}
     for pair in align(before, after):
         if not is_change(pair):
+            continue
+        if shows is not None and not any(text is not None and shows(text) for text in pair):
             continue
         left, right = (None if text is None else read_line(text) for text in pair)
         line = left or right
         assert line is not None
         place = blocks.setdefault(layer_block(line.layer), []) if line.op else outside
         place.append((left, right))
+    texts = (_Values(before), _Values(after))
     alike: dict[object, list[str]] = {}
     for block, pairs in blocks.items():
-        alike.setdefault(_signature(block, pairs), []).append(block)
+        alike.setdefault(_signature(block, pairs, texts), []).append(block)
     found = [Hunk(tuple(blocks[layers[0]]), tuple(layers)) for layers in alike.values()]
     return [Hunk(tuple(outside), ()), *found] if outside else found
 
 
-def _signature(block: str, pairs: Sequence[tuple[Line | None, Line | None]]) -> object:
-    """Equal for blocks that changed alike: values by order of appearance, own numbers open."""
-    values: dict[str, str] = {}
-    numbers = _DIGITS.findall(block)
+class _Values:
+    """Where the values of one text live, so that references of two layers can be compared."""
+
+    def __init__(self, text: str) -> None:
+        self._place: dict[str, tuple[str, str]] = {}
+        self._last: dict[str, str] = {}
+        alike: Counter[str] = Counter()
+        self._readers: dict[str, set[str]] = defaultdict(set)
+        self._first: dict[str, tuple[int, ...]] = {}
+        for line in map(read_line, text.splitlines()):
+            if not line.op:
+                continue
+            block = layer_block(line.layer)
+            # By kind, so that an op more in one layer does not shift all others.
+            kind = f"{line.layer.removeprefix(block)} {line.op}"
+            self._place[line.key] = (block, f"{kind} {alike[block + kind]}")
+            alike[block + kind] += 1
+            self._last[block] = line.key
+            for name in _REFERENCE.findall(line.body.partition(" = ")[2]):
+                self._readers[name].add(block)
+            shape, own = layer_shape(block), layer_numbers(block)
+            self._first[shape] = min(own, self._first.get(shape, own))
+
+    def seen_from(self, name: str, block: str) -> str:
+        """A value as a line of `block` sees it: equal for values in the same place of identical
+        layers.
+
+        What a layer is given, the last value of the layer before or whatever only the first layer
+        reads, is one name for all.
+        """
+        home, place = self._place.get(name, ("", ""))
+        if home == block:
+            return f"%own[{place}]"
+        shape, own, other = layer_shape(block), layer_numbers(block), layer_numbers(home)
+        if layer_shape(home) == shape and own:
+            steps = [a - b for a, b in zip(other, own, strict=True)]
+            if name == self._last[home] and steps[-1] == -1 and not any(steps[:-1]):
+                return "%given"
+            if len(self._readers[name] - {home}) > 1:
+                # Shared by several layers: the same value for all of them.
+                return name
+            return f"%{steps}[{place}]"
+        alike = {layer_numbers(b) for b in self._readers[name] if layer_shape(b) == shape}
+        return "%given" if alike == {self._first.get(shape)} and own else name
+
+
+def _signature(
+    block: str,
+    pairs: Sequence[tuple[Line | None, Line | None]],
+    texts: tuple[_Values, _Values],
+) -> object:
+    """Equal for blocks that changed alike: references by place, own numbers open."""
+    numbers = layer_numbers(block)
     own_input = re.compile(rf"(%[A-Za-z_]\w*_){numbers[-1]}(?!\w)") if numbers else None
 
-    def masked(line: Line | None) -> str:
+    def masked(line: Line | None, values: _Values) -> str:
         if line is None:
             return ""
-        text = _REFERENCE.sub(lambda m: values.setdefault(m[0], f"%{len(values)}"), line.body)
-        if own_input is None:
-            return text
-        text = re.sub(rf"(?<![\w.]){re.escape(block)}(?!\w)", "#", text)
-        return own_input.sub(r"\1#", text)
+        text = line.body
+        if own_input is not None:
+            text = re.sub(rf"(?<![\w.]){re.escape(block)}(?!\w)", "#", text)
+            text = own_input.sub(r"\1#", text)
+        return _REFERENCE.sub(lambda match: values.seen_from(match[0], block), text)
 
-    shape = block if own_input is None else _DIGITS.sub("#", block)
-    return shape, tuple((masked(left), masked(right)) for left, right in pairs)
+    lines = [(masked(left, texts[0]), masked(right, texts[1])) for left, right in pairs]
+    return layer_shape(block), tuple(lines)
 
 
 def collapsed_diff(
-    before: str, after: str, before_name: str = "before", after_name: str = "after"
+    before: str,
+    after: str,
+    before_name: str = "before",
+    after_name: str = "after",
+    shows: Callable[[str], bool] | None = None,
 ) -> str:
     """The changes from one graph text to another; "" when there are none.
 
     One hunk for each kind of layer, titled with the layers that changed alike; its lines are those
     of the first of them, with the numbers they have in the two texts, without history.
+    shows: leaves changes out of which neither line is wanted.
     """
-    found = hunks(before, after)
+    found = hunks(before, after, shows)
     if not found:
         return ""
     lines = [f"--- {before_name}", f"+++ {after_name}"]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 
 _NUMBER = re.compile(r"(?<!\d)\d+(?=\.|$)")
-_BLOCK = re.compile(r".*?\d+(?=\.|$)")
+_BLOCKS = (re.compile(r"(?:.*?\.)??\d+(?=\.|$)"), re.compile(r".*?\d+(?=\.|$)"))
 _SPAN = re.compile(r"\{(\d+)-(\d+)\}")
 
 
@@ -19,16 +19,21 @@ def layer_shape(layer: str) -> str:
 
 
 def layer_block(layer: str) -> str:
-    """The path up to its first number, `model.layers.7` of `model.layers.7.mlp`; all of a path
-    without one."""
-    match = _BLOCK.match(layer)
-    return match[0] if match else layer
+    """The path up to its first number, `model.layers.7` of `model.layers.7.mlp`, or else to its
+    first part with a number at its end, `block7` of `block7.mlp`; all of a path without either."""
+    found = (pattern.match(layer) for pattern in _BLOCKS)
+    return next((match[0] for match in found if match), layer)
+
+
+def layer_numbers(layer: str) -> tuple[int, ...]:
+    """The numbers that `layer_shape` leaves open."""
+    return tuple(int(number) for number in _NUMBER.findall(layer))
 
 
 def layer_range(layers: Iterable[str]) -> str:
     """Paths of one `layer_shape` in one: `layers.{0-3,7}.mlp`. Each number has its own range."""
     paths = list(dict.fromkeys(layers))
-    numbers = [tuple(int(n) for n in _NUMBER.findall(path)) for path in paths]
+    numbers = [layer_numbers(path) for path in paths]
     ranges = iter([_ranges(set(column)) for column in zip(*numbers, strict=True)])
     return _NUMBER.sub(lambda _: next(ranges), paths[0])
 

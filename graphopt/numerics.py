@@ -16,9 +16,8 @@ from torch import Tensor
 
 from graphopt.bisection import locate
 from graphopt.errors import BackendError, NumericsError
-from graphopt.inputs import check_inputs, input_types
 from graphopt.ir.graph import Graph
-from graphopt.oracle import outputs_of, random_inputs, relative_error
+from graphopt.oracle import fitting, outputs_of, random_inputs, relative_error, same_bits
 from graphopt.passes.base import Pass
 from graphopt.report import NumericChange, PassRecord, Report
 
@@ -35,10 +34,13 @@ class NumericsCheck:
 
     def __init__(self, report: Report, inputs: Sequence[Tensor] | None = None) -> None:
         self.report = report
-        self._inputs = None if inputs is None else tuple(inputs)
+        self._inputs: Any = inputs
         self._before: Graph | None = None
         self._expected: tuple[Tensor, ...] | None = None
-        self._noted = False
+
+    def _tell(self, text: str) -> None:
+        if text not in self.report.notes:
+            self.report.note(text)
 
     def before(self, pass_: Pass[Any], graph: Graph) -> None:
         """Keep the graph, and what it computes."""
@@ -46,10 +48,14 @@ class NumericsCheck:
         if self._inputs is None:
             self._inputs = random_inputs(graph)
         elif self._before is None:
-            check_inputs(input_types(graph), self._inputs)
+            self._inputs = fitting(graph, self._inputs)
         self._before = graph.copy()
         try:
             self._expected = outputs_of(graph, self._inputs)
+            floats = [tensor for tensor in self._expected if tensor.is_floating_point()]
+            if floats and not any(bool(tensor.isfinite().any()) for tensor in floats):
+                self._tell("numeric check: every output of the model is nan or infinite on these "
+                    "inputs, so little can be seen; give others as check_inputs=")  # fmt: skip
         except BackendError:
             # Low-bit weights have no data of their own before they are folded in.
             self._expected = None
@@ -60,18 +66,17 @@ class NumericsCheck:
         assert self._inputs is not None
         assert self._before is not None
         if self._expected is None:
-            if not self._noted:
-                self.report.note(
-                    "numeric check: low-bit weights have no values before they are folded in; "
-                    "the passes before that are not checked (weights='dense' checks all)"
-                )
-                self._noted = True
+            self._tell(
+                "numeric check: low-bit weights have no values before they are folded in; "
+                "the passes before that are not checked (weights='dense' checks all)"
+            )
             return
         found = outputs_of(graph, self._inputs)
         change = measure(pass_.name, found, self._expected)
         allowed = allowance(pass_, self._expected)
         self.report.numerics.append(change)
-        is_same = change.max_relative == 0.0 if allowed == 0.0 else change.max_relative <= allowed
+        is_exact = pass_.tier.kind == "exact"
+        is_same = same_bits(found, self._expected) if is_exact else change.max_relative <= allowed
         if is_same or pass_.tier.kind == "approximate":
             return
         site = locate(type(pass_), self._before, self._inputs, allowed)

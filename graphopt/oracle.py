@@ -7,6 +7,7 @@ once, each with fresh cache blocks, so that both forms answer the same question:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from graphopt.codegen.backend import ServingExecutable
 from graphopt.codegen.reference import ReferenceBackend
 from graphopt.errors import RequestError
-from graphopt.inputs import input_types
+from graphopt.inputs import check_inputs, input_types
 from graphopt.ir.graph import Graph
 
 BLOCK_SIZE = 16
@@ -52,7 +53,9 @@ def outputs_of(graph: Graph, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     Raises BackendError when the weights have no data.
     """
     backend = ReferenceBackend()
-    with torch.inference_mode():
+    # The same numbers for random ops every time: a rewrite must not be blamed for them.
+    with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         if graph.dialect == "captured":
             return tuple(backend.lower(graph)(*inputs))
         executable = backend.lower_serving(graph, None, None)
@@ -81,11 +84,24 @@ def random_inputs(graph: Graph, seed: int = 0) -> tuple[Tensor, ...]:
     return tuple(made)
 
 
+def fitting(graph: Graph, inputs: Any) -> tuple[Tensor, ...]:
+    """`inputs` as a tuple. Raises RequestError when they are none of a captured graph."""
+    names = [spec.name for spec in graph.inputs]
+    is_sequence = isinstance(inputs, Sequence) and all(isinstance(x, Tensor) for x in inputs)
+    if not is_sequence or len(inputs) != len(names):
+        raise RequestError(f"inputs must be a list of one tensor for each of {names}")
+    check_inputs(input_types(graph), inputs)
+    return tuple(inputs)
+
+
 def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Largest difference of any output, relative to the largest value of that output.
 
-    Infinite when shapes differ or one is nan where the other is not.
+    Infinite when the number of outputs or their shapes differ, and where one is nan or an infinity
+    and the other is not the same.
     """
+    if len(found) != len(expected):
+        return float("inf")
     worst = 0.0
     for ours, theirs in zip(found, expected, strict=True):
         if ours.shape != theirs.shape:
@@ -94,9 +110,31 @@ def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
             worst = max(worst, 0.0 if torch.equal(ours, theirs) else float("inf"))
             continue
         a, b = ours.double(), theirs.double()
-        if not torch.equal(a.isfinite(), b.isfinite()):
+        if not torch.equal(a.isnan(), b.isnan()) or not torch.equal(a[a.isinf()], b[b.isinf()]):
+            return float("inf")
+        if not torch.equal(a.isinf(), b.isinf()):
             return float("inf")
         a, b = a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0)
         if b.numel():
             worst = max(worst, float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)))
     return worst
+
+
+def same_bits(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """True for equal outputs, nan in the same places, zeros of the same sign."""
+    if len(found) != len(expected):
+        return False
+    for ours, theirs in zip(found, expected, strict=True):
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            return False
+        if not theirs.is_floating_point():
+            if not torch.equal(ours, theirs):
+                return False
+            continue
+        holes = theirs.isnan()
+        if not torch.equal(ours.isnan(), holes):
+            return False
+        a, b = ours.masked_fill(holes, 0), theirs.masked_fill(holes, 0)
+        if not (torch.equal(a, b) and torch.equal(a.signbit(), b.signbit())):
+            return False
+    return True

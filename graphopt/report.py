@@ -148,6 +148,7 @@ class Report:
         that compiled, are left out."""
         return {
             "disabled": list(self.disabled),
+            "numerics": [asdict(change) for change in self.numerics],
             "passes": [
                 {
                     **{name: getattr(record, name) for name in _PLAIN},
@@ -172,6 +173,7 @@ class Report:
                 for entry in data["passes"]
             ],
             disabled=list(data["disabled"]),
+            numerics=[NumericChange(**change) for change in data.get("numerics", ())],
         )
 
     def table(self) -> Table:

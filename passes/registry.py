@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Collection, Iterable, Iterator
 from types import ModuleType
 from typing import Any, TypeVar
@@ -16,8 +17,9 @@ import networkx as nx
 
 from graphopt import plugins
 from graphopt.errors import PassError, PluginError, did_you_mean
-from graphopt.passes.base import STAGES, Pass
+from graphopt.passes.base import STAGES, Pass, Tier
 
+_NAME, _TAKEN = re.compile(r"[a-zA-Z]\w*", re.ASCII), ("capture", "edit")
 _REGISTRY: dict[str, type[Pass[Any]]] = {}
 P = TypeVar("P", bound=type[Pass[Any]])
 
@@ -25,9 +27,22 @@ P = TypeVar("P", bound=type[Pass[Any]])
 def register(cls: P) -> P:
     """Class decorator: make a pass known by its name.
 
-    Raises PassError for a name that another pass has, and for a stage that does not exist.
+    Raises PassError for a name that another pass has or that no file could have, and for a stage,
+    a tier or an order that is none.
     """
-    stage = getattr(cls, "stage", None)
+    name, stage = getattr(cls, "name", None), getattr(cls, "stage", None)
+    where = f"{cls.__module__}.{cls.__qualname__} of {origin(cls)}"
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _TAKEN:
+        raise PassError(
+            f"{where} has the name {name!r}; a pass is named by letters, digits and _, and not "
+            f"{' or '.join(_TAKEN)}"
+        )
+    if not isinstance(cls.tier, Tier):
+        raise PassError(f"{where} has tier {cls.tier!r}, which is no graphopt.passes.base.Tier")
+    for order in ("after", "before", "requires"):
+        names = getattr(cls, order)
+        if isinstance(names, str) or not all(isinstance(n, str) for n in names):
+            raise PassError(f"{where} has {order}={names!r}; write a tuple of names of passes")
     if stage not in STAGES:
         raise PassError(
             f"pass {cls.name!r} of {origin(cls)} has stage {stage!r}; stages: {', '.join(STAGES)}"

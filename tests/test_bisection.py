@@ -154,3 +154,34 @@ def test_random_inputs_of_a_masked_model() -> None:
     assert made[0].max() < 101
     assert set(made[1].unique().tolist()) <= {0, 1}
     assert torch.isfinite(outputs_of(graph, made)[0]).all()
+
+
+def test_a_rewrite_that_raises_is_found_with_its_place(
+    wrong_pass: type[Pass[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raising(self: Any, builder: GraphBuilder, bound: fx.Node) -> None:
+        if bound.meta["layer"] == "model.layers.1.input_layernorm":
+            raise KeyError("no such thing")
+        with builder.at(bound):
+            new = builder.emit(bound.target, bound.args, dict(bound.kwargs), like=[bound])
+        replace(builder.graph, bound, new)
+
+    monkeypatch.setattr(wrong_pass, "rewrite", raising)
+    found = graphopt.bisect(tiny_llama(3))
+    assert found is not None
+    assert found.site is not None
+    assert (found.site.name, found.site.layer) == (
+        "rewrite_norms#2",
+        "model.layers.1.input_layernorm",
+    )
+    assert found.failure == "KeyError: 'no such thing'"
+    found.save(tmp_path / "case")
+    assert "PassManager(['rewrite_norms'])" in (tmp_path / "case" / "reproduce.py").read_text()
+
+
+@pytest.mark.parametrize(
+    "option", [{"tolerance": -1.0}, {"tolerance": float("nan")}, {"is_good": 5}]
+)
+def test_bad_options_are_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError, match=next(iter(option))):
+        graphopt.bisect(tiny_llama(1), **option)

@@ -15,6 +15,8 @@ import graphopt
 from graphopt import Dump
 from graphopt.dump import read_dump
 from graphopt.errors import (
+    ExpectationError,
+    GraphoptError,
     NoRecordError,
     PassError,
     ProgramFormatError,
@@ -122,6 +124,7 @@ def test_filters(model: Graph, program: graphopt.Program, tmp_path: Path) -> Non
         ("", UnsupportedError, "supported: a folder"),
         (Dump(Path("x"), passes=("fuse_nrom",)), PassError, "fuse_nrom.*passes of this run"),
         (Dump(Path("x"), passes=("merge_qkv",)), PassError, "passes of this run"),
+        ("/dev/null/dump", UnsupportedError, "cannot be used"),
     ],
 )
 def test_bad_dumps_are_refused_before_the_model_is_touched(
@@ -129,6 +132,12 @@ def test_bad_dumps_are_refused_before_the_model_is_touched(
 ) -> None:
     with pytest.raises(error, match=message):
         graphopt.compile(torch.nn.Linear(1, 1), dump=dump)
+
+
+@pytest.mark.parametrize("bad", [{"folder": ""}, {"passes": "fuse_norm"}, {"layers": None}])
+def test_bad_filters_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError, match=f"Dump.{next(iter(bad))}="):
+        Dump(**{"folder": Path("x"), **bad})
 
 
 def test_a_second_dump_replaces_the_first_and_nothing_else(
@@ -194,6 +203,52 @@ class _Breaks:
 
     def after(self, pass_: Pass[Any], graph: Graph, record: PassRecord) -> None:
         """Nothing."""
+
+
+def test_a_layer_that_is_like_others_has_its_own_diff(
+    program: graphopt.Program, tmp_path: Path
+) -> None:
+    program.dump(Dump(tmp_path, layers=("model.layers.1",)))
+    diff = (tmp_path / "diffs" / "09_fuse_norm.diff").read_text()
+    assert diff.startswith("--- 08_fuse_mlp.gir\n+++ 09_fuse_norm.gir\n@@ model.layers.1 @@\n")
+    assert diff.count("\n+%") == 2
+
+
+def test_a_failure_after_the_passes_leaves_a_whole_dump(model: Graph, tmp_path: Path) -> None:
+    with pytest.raises(ExpectationError):
+        graphopt.compile(model, dump=tmp_path, expect={"fuse_norm": 3})
+    assert json.loads((tmp_path / "manifest.json").read_text())["failure"]
+    assert not list(tmp_path.glob("*.failed.gir"))
+    trace, _ = read_dump(tmp_path)
+    graphopt.compile(model, dump=tmp_path)
+    assert read_dump(tmp_path)[0] == trace
+
+
+def test_a_model_that_cannot_be_captured_leaves_the_earlier_dump(
+    program: graphopt.Program, tmp_path: Path
+) -> None:
+    program.dump(tmp_path)
+    with pytest.raises(GraphoptError):
+        graphopt.compile(torch.nn.Linear(1, 1).eval(), torch.ones(3, 3), dump=tmp_path)
+    assert read_dump(tmp_path)[0] == program.trace
+
+
+@pytest.mark.parametrize("blocked", ["diffs", "summary.txt/"])
+def test_folders_and_files_of_the_other_kind_are_in_the_way(
+    program: graphopt.Program, tmp_path: Path, blocked: str
+) -> None:
+    path = tmp_path / blocked.rstrip("/")
+    path.mkdir() if blocked.endswith("/") else path.write_text("mine")
+    with pytest.raises(UnsupportedError, match="in the way"):
+        program.dump(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_numeric_errors_are_kept_by_saved_programs(model: Graph, tmp_path: Path) -> None:
+    program = graphopt.compile(model, check="numerics")
+    program.save(tmp_path / "program")
+    loaded = graphopt.load_program(tmp_path / "program")
+    assert loaded.report.numerics == program.report.numerics
 
 
 def test_a_failing_pass_leaves_a_dump_up_to_it(model: Graph, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from run_graph import CLEANUP, FUSE, apply
 from tiny_models import tiny_llama
+from torch import Tensor, nn
 
 from graphopt.capture import capture
 from graphopt.graph_diff import align, collapsed_diff, is_change, read_line
@@ -94,7 +95,36 @@ def test_equal_texts_and_history_alone_are_no_change() -> None:
     assert collapsed_diff(text, print_graph(graph)) == ""
 
 
+def test_a_new_line_that_reads_another_layer_is_not_alike() -> None:
+    class Block(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.tanh(torch.sin(x))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*(Block() for _ in range(5)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.layers(x)
+            return out
+
+    graph = capture(Model().eval(), torch.randn(2, 4))
+    sines = graph.calls(torch.ops.aten.sin.default)
+    tanhs = graph.calls(torch.ops.aten.tanh.default)
+    before = print_graph(graph)
+    for sine, tanh in zip(sines, tanhs, strict=True):
+        # What is read is new to the changed lines: only its place tells a wrong layer.
+        tanh.args = (sine.args[0],)
+    assert "@@ layers.{0-4} x5 @@" in collapsed_diff(before, print_graph(graph))
+    tanhs[3].args = (sines[1].args[0],)
+    titles = [t for t in collapsed_diff(before, print_graph(graph)).splitlines() if "@@" in t]
+    assert titles == ["@@ layers.{0-2,4} x4 @@", "@@ layers.3 @@"]
+
+
 def test_blocks_of_layers() -> None:
+    assert layer_block("stage1.layers.2.mlp") == "stage1.layers.2"
+    assert layer_block("block3.conv") == "block3"
     assert layer_block("model.layers.7.mlp.act_fn") == "model.layers.7"
     assert layer_block("h.3") == "h.3"
     assert layer_block("model.norm") == "model.norm"

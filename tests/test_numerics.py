@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from tiny_models import tiny_llama
-from torch import fx
+from torch import Tensor, fx, nn
 
 import graphopt
-from graphopt.errors import NumericsError, UnsupportedError
+from graphopt.errors import NumericsError, RequestError, UnsupportedError
 from graphopt.ir.builder import GraphBuilder, replace
 from graphopt.ir.graph import Graph
 from graphopt.ops import swiglu
+from graphopt.oracle import relative_error, same_bits
 from graphopt.passes import registry
 from graphopt.passes.base import EXACT, Pass, Reject, Stage, Tier
 from graphopt.passes.registry import register
@@ -79,3 +81,45 @@ def test_the_environment_turns_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_checks_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="'numerics'"):
         graphopt.compile(tiny_llama(), check="speed")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([math.inf, 1.0], [-math.inf, 1.0]),
+        ([math.nan, 1.0], [math.inf, 1.0]),
+        ([math.nan, 1.0], [2.0, 1.0]),
+    ],
+)
+def test_nan_and_infinities_are_compared(found: list[float], expected: list[float]) -> None:
+    ours, theirs = torch.tensor(found), torch.tensor(expected)
+    assert math.isinf(relative_error([ours], [theirs]))
+    assert not same_bits([ours], [theirs])
+    assert relative_error([theirs], [theirs]) == 0.0
+    assert same_bits([theirs], [theirs])
+
+
+def test_exact_means_the_sign_of_zero_too() -> None:
+    assert not same_bits([torch.tensor([-0.0])], [torch.tensor([0.0])])
+    assert not same_bits([], [torch.zeros(1)])
+    assert math.isinf(relative_error([], [torch.zeros(1)]))
+
+
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.rand_like(x).view(-1) + x.view(-1) * 1.0
+
+
+def test_no_pass_is_blamed_for_random_ops() -> None:
+    x = torch.randn(3, 4)
+    program = graphopt.compile(Noise().eval(), x, check="numerics", backend="reference")
+    assert all(change.max_relative == 0.0 for change in program.report.numerics)
+    assert graphopt.bisect(Noise().eval(), x) is None
+
+
+@pytest.mark.parametrize("inputs", [[], 5, [torch.ones(1, 2), torch.ones(1, 2)], [torch.ones(2)]])
+def test_inputs_that_do_not_fit_are_refused(inputs: Any) -> None:
+    with pytest.raises(RequestError):
+        graphopt.compile(tiny_llama(1), check="numerics", check_inputs=inputs)
+    with pytest.raises(RequestError):
+        graphopt.bisect(tiny_llama(1), inputs=inputs)

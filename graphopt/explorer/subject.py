@@ -40,7 +40,12 @@ def subject_of(given: Program | str | Path) -> Subject:
             f"{type(given).__name__}"
         )
     elif is_dump(Path(given)):
-        found = Subject(str(read_manifest(Path(given))["name"]), *read_dump(given))
+        found = Subject(str(read_manifest(Path(given)).get("name", given)), *read_dump(given))
+        changed = [r for r in found.report.passes if r.sites or r.nodes_before != r.nodes_after]
+        if found.trace.steps and len(found.trace.steps) < 1 + len(changed):
+            raise NoRecordError(
+                f"{given} leaves passes out (a filter, or a removed file): dump it whole"
+            )
     elif is_program(Path(given)):
         folder = Path(given)
         name = read_program_manifest(folder).options.name

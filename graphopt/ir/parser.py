@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, fx
 
-from graphopt.errors import ProgramFormatError
+from graphopt.errors import ProgramFormatError, UnsupportedError
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph, InputKind, InputSpec, graph_module
 from graphopt.ir.history import read_history
@@ -64,7 +64,7 @@ _TOKEN = re.compile(
 )
 _INPUT = re.compile(r"input\s+%(?P<name>\w+)\s*:\s*(?P<type>.+?)\s+(?P<kind>user|cache)")
 _WEIGHT = re.compile(
-    r"weight\s+@(?P<name>[\w.\\]+)(?:\{(?P<first>\d+)-(?P<last>\d+)\}(?P<tail>[\w.\\]*))?"
+    r"weight\s+@(?P<name>[\w.\\]*)(?:\{(?P<first>\d+)-(?P<last>\d+)\}(?P<tail>[\w.\\]*))?"
     r"\s*:\s*(?P<type>.+)"
 )
 _CALL = re.compile(
@@ -315,7 +315,14 @@ def parse_graph(
     Raises ProgramFormatError with the line number for text that is malformed, names unknown ops or
     weights, or does not type-check.
     """
-    return _Parser(weights, packed or {}, namespaces).run(text)
+    if isinstance(namespaces, str):
+        raise UnsupportedError(f"namespaces={namespaces!r} must be a list: [{namespaces!r}]")
+    parser = _Parser(weights, packed or {}, namespaces)
+    try:
+        return parser.run(text)
+    # What Python and torch raise for literals, sizes and nestings beyond their limits.
+    except (ValueError, TypeError, ArithmeticError, RecursionError, RuntimeError) as error:
+        raise parser.fail(f"{type(error).__name__}: {error}") from error
 
 
 def first_difference(left: Graph, right: Graph, *, canonical: bool = False) -> str | None:

@@ -173,3 +173,27 @@ def test_any_module_name_reads_back(name: str) -> None:
         n.meta["layer"] for n in graph.nodes if n.op == "call_function"
     ]
     assert print_graph(again) == text
+
+
+def test_weights_of_a_sequential_read_back() -> None:
+    graph = capture(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval(), torch.randn(2, 4))
+    text = print_graph(graph)
+    assert "weight @{0-1}.bias : f32[4]" in text
+    assert first_difference(graph, parse_graph(text, graph.weights)) is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("dtype.f32", '"\\q"'),
+        ("%input_ids)", "[" * 5000),
+        ("i64[batch, sequence]", f"i64[batch, {10**23 - 1}]"),
+    ],
+)
+def test_what_python_and_torch_raise_is_a_format_error(
+    graphs: dict[str, Graph], old: str, new: str
+) -> None:
+    graph = graphs["captured"]
+    text = print_graph(graph)
+    with pytest.raises(ProgramFormatError, match=r"line \d+"):
+        parse_graph(text.replace(old, new, 1) if old in text else new, graph.weights)
