@@ -129,9 +129,16 @@ def graph_from_exported(
             "source": source_of(node),
         }
         mapping[node] = made
+    try:
+        module = graph_module(new)
+    except SyntaxError as error:
+        raise CaptureError(
+            f"FX cannot name the weights of {name} in code: a module's name has a quote or a line "
+            f"end in it; rename the module ({error.text or error})"
+        ) from None
     graph = Graph(
         name,
-        graph_module(new),
+        module,
         tuple(inputs),
         weights,
         symbols=dict(symbol_names or {}),

@@ -10,6 +10,8 @@ from graphopt.explorer.page import MARKER, render
 from graphopt.explorer.subject import subject_of
 from graphopt.program import Program
 
+_MOST = 1_000_000
+
 
 def explore(
     subject: Program | str | Path,
@@ -33,11 +35,15 @@ def explore(
     """
     path = Path(out)
     for name, size in (("batch", batch), ("sequence", sequence)):
-        if size < 1:
-            raise UnsupportedError(f"{name}={size} is not supported; give 1 or more")
+        is_count = isinstance(size, int) and not isinstance(size, bool)
+        if not is_count or not 1 <= size <= _MOST:
+            raise UnsupportedError(f"{name}={size!r} is not supported; give 1 to {_MOST}")
     _check_out(path, force)
     text = render(page_data(subject_of(subject), batch, sequence))
-    path.write_text(text, encoding="utf-8")
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UnsupportedError(f"{path} cannot be written: {error}") from None
     return path
 
 

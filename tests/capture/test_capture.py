@@ -242,3 +242,17 @@ def test_what_cannot_be_captured_says_why(model: nn.Module, example: Any, messag
 def test_only_models_are_captured() -> None:
     with pytest.raises(CaptureError, match="cannot capture a str"):
         capture("smollm2-135m")  # type: ignore[arg-type]
+
+
+def test_a_module_name_that_fx_cannot_write_is_refused() -> None:
+    class Quoted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleDict({'a"b': nn.Linear(4, 4)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.parts['a"b'](x)
+            return out
+
+    with pytest.raises(CaptureError, match="rename the module"):
+        capture(Quoted().eval(), torch.randn(2, 4))
