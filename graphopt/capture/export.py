@@ -130,7 +130,7 @@ def graph_from_exported(
         }
         mapping[node] = made
     try:
-        module = graph_module(new)
+        gm = graph_module(new)
     except SyntaxError as error:
         raise CaptureError(
             f"FX cannot name the weights of {name} in code: a module's name has a quote or a line "
@@ -138,7 +138,7 @@ def graph_from_exported(
         ) from None
     graph = Graph(
         name,
-        module,
+        gm,
         tuple(inputs),
         weights,
         symbols=dict(symbol_names or {}),
