@@ -37,17 +37,18 @@ def register(cls: P) -> P:
             f"{where} has the name {name!r}; a pass is named by letters, digits and _, and not "
             f"{' or '.join(_TAKEN)}"
         )
-    if not isinstance(cls.tier, Tier):
-        raise PassError(f"{where} has tier {cls.tier!r}, which is no graphopt.passes.base.Tier")
-    for order in ("after", "before", "requires"):
-        names = getattr(cls, order)
-        if isinstance(names, str) or not all(isinstance(n, str) for n in names):
-            raise PassError(f"{where} has {order}={names!r}; write a tuple of names of passes")
     if stage not in STAGES:
         raise PassError(
             f"pass {cls.name!r} of {origin(cls)} has stage {stage!r}; stages: {', '.join(STAGES)}"
             + did_you_mean(str(stage), STAGES)
         )
+    tier = getattr(cls, "tier", None)
+    if not isinstance(tier, Tier):
+        raise PassError(f"{where} has tier {tier!r}, which is no graphopt.passes.base.Tier")
+    for order in ("after", "before", "requires"):
+        names = getattr(cls, order, ())
+        if isinstance(names, str) or not all(isinstance(n, str) for n in names):
+            raise PassError(f"{where} has {order}={names!r}; write a tuple of names of passes")
     other = _REGISTRY.get(cls.name, cls)
     if other is not cls:
         raise PassError(
