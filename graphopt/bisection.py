@@ -27,7 +27,7 @@ from graphopt.graph_diff import collapsed_diff
 from graphopt.ir.graph import Graph, namespaces_of
 from graphopt.ir.printer import print_graph
 from graphopt.models import load
-from graphopt.options import check_limits, names_in, pass_names
+from graphopt.options import plan_passes
 from graphopt.oracle import fitting, outputs_of, random_inputs, relative_error
 from graphopt.passes.base import Pass, run_pass
 from graphopt.passes.manager import PassManager
@@ -174,6 +174,8 @@ def bisect(
     weights="dense"), and PassError when the captured graph itself is bad.
     """
     start = time.perf_counter()
+    plan = plan_passes(passes, enable, disable, limits, "float", "auto" if serving else "off")
+    plan.forward_manager()
     source = load(model) if isinstance(model, str) else model
     graph = (
         source.copy() if isinstance(source, Graph) else capture(source, example, dynamic=dynamic)
@@ -183,17 +185,10 @@ def bisect(
             "bisect runs the captured graph, and its low-bit weights have no data yet; load the "
             "model with weights='dense'"
         )
-    names = pass_names(passes, enable, disable, "float", "auto" if serving else "off")
-    left_out = names_in("disable", disable)
-    running = [name for name in names if name not in left_out]
-    chosen = check_limits(limits, running)
-    PassManager(names, disable=left_out)
     search = _Search(graph, is_good, inputs, tolerance)
-    for cls in ordered(running):
-        if cls.stage == "cache" and not serving:
-            continue
+    for cls in ordered(plan.running):
         after = graph.copy()
-        limit = chosen.get(cls.name)
+        limit = plan.limits.get(cls.name)
         failure = search.run(cls, after, limit)
         if not failure and search.good(after):
             graph = after

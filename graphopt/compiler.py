@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,14 +25,11 @@ from graphopt.options import (
     SERVING_PASS,
     check_choices,
     check_edits,
-    check_limits,
     check_source,
     check_threads,
-    names_in,
-    pass_names,
+    plan_passes,
 )
-from graphopt.passes.manager import Instrument, PassManager
-from graphopt.passes.registry import find
+from graphopt.passes.manager import Instrument
 from graphopt.program import Program, ProgramOptions
 from graphopt.report import Rejection, Report, grouped
 from graphopt.trace import TraceRecorder
@@ -97,21 +93,12 @@ def compile(
     check_threads(backend, threads)
     check_source(model, example, dynamic)
     report, config = Report(), Config.from_environment()
-    names = pass_names(passes, enable, disable, activations, serving)
-    disabled = names_in("disable", disable)
-    running = [
-        name
-        for name in names
-        if name not in disabled and (serving != "off" or find(name).stage != "cache")
-    ]
-    chosen_limits = check_limits(limits, running)
+    plan = plan_passes(passes, enable, disable, limits, activations, serving)
     expected = {} if expect is None else expect
-    check_names(expected, running)
-    edits = check_edits(edit, running)
-    forward_names = [name for name in names if find(name).stage != "cache"]
-    serving_names = [name for name in running if find(name).stage == "cache"]
-    forward = PassManager(forward_names, disable=disabled, limits=_of(chosen_limits, forward_names))
-    dumped = as_dump(config.dump if dump is None else dump, running)
+    check_names(expected, plan.running)
+    edits = check_edits(edit, plan.running)
+    dumped = as_dump(config.dump if dump is None else dump, plan.running)
+    plan.forward_manager()
     writer = None if dumped is None else DumpWriter(dumped)
     recorder = TraceRecorder(
         report, is_checked=config.reread, listener=None if writer is None else writer.step
@@ -121,63 +108,49 @@ def compile(
         watchers.append(NumericsCheck(report, check_inputs))
     if edits:
         watchers.append(EditAfter(edits, report, recorder))
-    forward.instruments = tuple(watchers)
 
-    start = time.perf_counter()
-    source = load(model) if isinstance(model, str) else model
-    report.seconds["load"] = time.perf_counter() - start
+    with report.timed("load"):
+        source = load(model) if isinstance(model, str) else model
+    with report.timed("capture"):
+        if isinstance(source, Graph):
+            graph = source.copy()
+        else:
+            graph = capture(source, example, dynamic=dynamic)
 
-    start = time.perf_counter()
-    graph = (
-        source.copy() if isinstance(source, Graph) else capture(source, example, dynamic=dynamic)
-    )
-    report.seconds["capture"] = time.perf_counter() - start
-
-    start = time.perf_counter()
     serving_graph, refusal = None, None
     try:
-        recorder.captured(graph)
-        forward.run(graph, report)
-        if serving_names:
-            serving_graph = graph.copy()
-            PassManager(
-                serving_names, limits=_of(chosen_limits, serving_names), instruments=watchers
-            ).run(serving_graph, report)
+        with report.timed("passes"):
+            recorder.captured(graph)
+            plan.forward_manager(watchers).run(graph, report)
+            if plan.serving:
+                serving_graph = graph.copy()
+                plan.serving_manager(watchers).run(serving_graph, report)
         if serving_graph is None:
             refusal = _not_asked(serving)
         elif serving_graph.dialect != "serving":
             serving_graph = None
-            refusals = report.rejections("insert_kv_cache")
+            refusals = report.rejections(SERVING_PASS)
             refusal = refusals[-1] if refusals else None
-        report.seconds["passes"] = time.perf_counter() - start
         check_counts(expected, graph, serving_graph, report)
         if activations == "int8" and not report.sites("quantize_activations"):
             report.note(_why_not_int8(report))
 
-        start = time.perf_counter()
-        described = source if isinstance(source, ModelSource) else None
-        options = ProgramOptions(
-            name=graph.name,
-            backend=backend,
-            kv_dtype=kv_dtype,
-            max_context=_max_context(source, graph),
-            eos_token_ids=described.eos_token_ids if described else end_token_ids(source),
-        )
-        tokenizer = described.tokenizer if described else None
-        if isinstance(model, str):
-            # Nobody else holds the loaded module: let its weights go as they are packed.
-            del source, described
-        program = Program(
-            graph,
-            serving_graph,
-            refusal,
-            options,
-            select(backend, report, threads),
-            report,
-            tokenizer,
-            recorder.trace,
-        )
-        report.seconds["lower"] = time.perf_counter() - start
+        with report.timed("lower"):
+            options = _program_options(source, graph, backend, kv_dtype)
+            tokenizer = source.tokenizer if isinstance(source, ModelSource) else None
+            if isinstance(model, str):
+                # Nobody else holds the loaded module: let its weights go as they are packed.
+                del source
+            program = Program(
+                graph,
+                serving_graph,
+                refusal,
+                options,
+                select(backend, report, threads),
+                report,
+                tokenizer,
+                recorder.trace,
+            )
     except Exception as error:
         if writer is not None:
             writer.failed(serving_graph or graph, report, recorder.trace, recorder.running, error)
@@ -187,10 +160,6 @@ def compile(
     if serving == "required":
         _ = program.executable
     return program
-
-
-def _of(limits: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
-    return {name: limit for name, limit in limits.items() if name in names}
 
 
 def _not_asked(serving: str) -> Rejection:
@@ -210,6 +179,17 @@ def _why_not_int8(report: Report) -> str:
         else "the model has no low-bit layers; load a GGUF file with weights='packed'"
     )
     return f"activations='int8' changed nothing: {why}"
+
+
+def _program_options(source: Any, graph: Graph, backend: str, kv_dtype: str) -> ProgramOptions:
+    described = source if isinstance(source, ModelSource) else None
+    return ProgramOptions(
+        name=graph.name,
+        backend=backend,
+        kv_dtype=kv_dtype,
+        max_context=_max_context(source, graph),
+        eos_token_ids=described.eos_token_ids if described else end_token_ids(source),
+    )
 
 
 def _module_config(source: Any) -> Any:

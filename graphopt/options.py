@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.export import ExportedProgram
@@ -10,6 +11,7 @@ from torch.export import ExportedProgram
 from graphopt.codegen.cpu.backend import BACKENDS
 from graphopt.errors import PassError, UnsupportedError
 from graphopt.ir.graph import Graph
+from graphopt.passes.manager import Instrument, PassManager
 from graphopt.passes.registry import default_passes, find
 from graphopt.program import KV_DTYPES
 
@@ -72,17 +74,55 @@ def check_source(model: Any, example: Any, dynamic: Any) -> None:
             )
 
 
-def pass_names(
+@dataclass(frozen=True, slots=True)
+class PassPlan:
+    """The passes of a compilation, by exact names.
+
+    forward: of the graph without a cache; serving: of its copy that gets one, empty for none.
+    disabled: left out by name; limits: pass name -> highest number of rewrites.
+    """
+
+    forward: tuple[str, ...]
+    serving: tuple[str, ...]
+    disabled: tuple[str, ...]
+    limits: Mapping[str, int]
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """The passes that are not left out."""
+        return self.forward + self.serving
+
+    def forward_manager(self, instruments: Sequence[Instrument] = ()) -> PassManager:
+        """Raises PassError for orders in conflict, and a required pass among the disabled."""
+        return PassManager(
+            self.forward,
+            disable=self.disabled,
+            limits=self._limits_of(self.forward),
+            instruments=instruments,
+        )
+
+    def serving_manager(self, instruments: Sequence[Instrument] = ()) -> PassManager:
+        """Raises PassError for orders in conflict."""
+        return PassManager(
+            self.serving, limits=self._limits_of(self.serving), instruments=instruments
+        )
+
+    def _limits_of(self, names: Sequence[str]) -> dict[str, int]:
+        return {name: limit for name, limit in self.limits.items() if name in names}
+
+
+def plan_passes(
     passes: Sequence[str] | None,
     enable: Iterable[str],
     disable: Iterable[str],
+    limits: Mapping[str, int] | None,
     activations: str,
     serving: str,
-) -> list[str]:
-    """Names of the passes of a compilation, those in `disable` included.
+) -> PassPlan:
+    """What runs, from what `compile` was told.
 
-    Raises PassError for names that do not exist, UnsupportedError for a choice of passes that
-    another option contradicts.
+    Raises PassError for names that do not exist and limits that could not be kept,
+    UnsupportedError for a choice of passes that another option contradicts.
     """
     off = names_in("disable", disable)
     if passes is None:
@@ -98,7 +138,11 @@ def pass_names(
         raise UnsupportedError(
             f"serving='required' needs the pass {SERVING_PASS!r}, which passes= leaves out"
         )
-    return chosen
+    chosen = [name for name in chosen if name not in off]
+    forward = [name for name in chosen if find(name).stage != "cache"]
+    cached = [name for name in chosen if find(name).stage == "cache" and serving != "off"]
+    checked = check_limits(limits, [*forward, *cached])
+    return PassPlan(tuple(forward), tuple(cached), tuple(off), checked)
 
 
 def names_in(option: str, value: Iterable[str]) -> list[str]:

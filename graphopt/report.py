@@ -7,8 +7,10 @@ JSON and back, so that a saved program keeps its own.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -137,6 +139,13 @@ class Report:
     def rejections(self, pass_name: str) -> list[Rejection]:
         """Every candidate a pass rejected."""
         return [r for record in self.passes if record.name == pass_name for r in record.rejections]
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Record what the block takes as `seconds[stage]`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - start
 
     def note(self, text: str) -> None:
         """Remember and log something a user should know (a fallback, a skipped step)."""

@@ -148,7 +148,7 @@ def load_program(
     namespaces: of the torch ops of a model's own library, which must be imported before.
     Raises ProgramFormatError when a file is missing, altered, unlisted or unreadable.
     """
-    start = time.perf_counter()
+    started = time.perf_counter()
     path = Path(folder)
     manifest = read_manifest(path)
     options = manifest.options
@@ -158,16 +158,19 @@ def load_program(
     weights = mapped_weights(path / WEIGHTS)
     graph = parse_graph(_text(path / FORWARD), weights, namespaces=namespaces)
     graph.limits = manifest.limits
-    serving = parse_graph(_text(path / SERVING), weights) if manifest.serving else None
+    serving = None
+    if manifest.serving:
+        serving = parse_graph(_text(path / SERVING), weights, namespaces=namespaces)
     report = _read_report(path)
-    report.seconds["read"] = time.perf_counter() - start
-    tokenizer = _read_tokenizer(path / "tokenizer")
-    lowering = time.perf_counter()
-    chosen = select(options.backend, report, threads)
-    del weights
-    trace = read_trace(path / TRACE)
-    program = Program(graph, serving, manifest.refusal, options, chosen, report, tokenizer, trace)
-    report.seconds["lower"] = time.perf_counter() - lowering
+    report.seconds["read"] = time.perf_counter() - started
+    with report.timed("lower"):
+        tokenizer = _read_tokenizer(path / "tokenizer")
+        chosen = select(options.backend, report, threads)
+        del weights
+        trace = read_trace(path / TRACE)
+        program = Program(
+            graph, serving, manifest.refusal, options, chosen, report, tokenizer, trace
+        )
     return program
 
 

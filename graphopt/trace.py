@@ -16,7 +16,7 @@ from typing import Any
 from graphopt.errors import ProgramFormatError, VerifyError
 from graphopt.graph_diff import collapsed_diff
 from graphopt.ir.graph import Graph, namespaces_of
-from graphopt.ir.parser import first_difference, parse_graph
+from graphopt.ir.parser import GraphReader, first_difference
 from graphopt.ir.printer import print_graph
 from graphopt.passes.base import Pass
 from graphopt.report import PassRecord, Report
@@ -92,6 +92,7 @@ class TraceRecorder:
     ) -> None:
         self._report, self._is_checked, self._listener = report, is_checked, listener
         self._steps: list[TraceStep] = []
+        self._reader = GraphReader()
         self.running = ""
         """Name of the pass that is running, or that raised."""
 
@@ -123,16 +124,17 @@ class TraceRecorder:
         if previous is not None and previous.text == text:
             return
         if self._is_checked:
-            check_round_trip(graph, text, name)
+            check_round_trip(graph, text, name, self._reader)
         self._steps.append(TraceStep(len(self._report.passes), name, text))
         if self._listener is not None:
             self._listener(self._steps[-1], previous)
 
 
-def check_round_trip(graph: Graph, text: str, name: str) -> None:
-    """Raise VerifyError when `text` does not read back as `graph`."""
+def check_round_trip(graph: Graph, text: str, name: str, reader: GraphReader | None = None) -> None:
+    """Raise VerifyError when `text` does not read back as `graph`. reader: of the texts before."""
+    reader = reader or GraphReader()
     try:
-        again = parse_graph(text, graph.weights, graph.packed, namespaces_of(graph))
+        again = reader.read(text, graph.weights, graph.packed, namespaces_of(graph))
     except ProgramFormatError as error:
         raise VerifyError(f"after {name}: the graph text does not read back: {error}") from error
     difference = first_difference(graph, again)

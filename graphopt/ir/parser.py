@@ -83,12 +83,14 @@ class _Parser:
         weights: Mapping[str, Tensor] | WeightMaker,
         packed: Mapping[str, PackedWeight],
         namespaces: Collection[str],
+        fake: SymbolicInputs,
+        inferred: dict[Any, Any],
     ) -> None:
         self.defined = load_all()
         self.namespaces = {"aten", "prims", *_LIBRARIES, *namespaces}
         self.weights, self.packed = weights, packed
-        self.fake = SymbolicInputs()
-        self.graph = Graph("", graph_module(fx.Graph()), (), {}, dict(packed))
+        self.fake = fake
+        self.graph = Graph("", graph_module(fx.Graph()), (), {}, dict(packed), inferred=inferred)
         self.builder = GraphBuilder(self.graph, self.fake.mode)
         self.nodes: dict[str, fx.Node] = {}
         self.types: list[tuple[int, fx.Node, str]] = []
@@ -315,14 +317,35 @@ def parse_graph(
     Raises ProgramFormatError with the line number for text that is malformed, names unknown ops or
     weights, or does not type-check.
     """
-    if isinstance(namespaces, str):
-        raise UnsupportedError(f"namespaces={namespaces!r} must be a list: [{namespaces!r}]")
-    parser = _Parser(weights, packed or {}, namespaces)
-    try:
-        return parser.run(text)
-    # What Python and torch raise for literals, sizes and nestings beyond their limits.
-    except (ValueError, TypeError, ArithmeticError, RecursionError, RuntimeError) as error:
-        raise parser.fail(f"{type(error).__name__}: {error}") from error
+    return GraphReader().read(text, weights, packed, namespaces)
+
+
+class GraphReader:
+    """Reads texts of one model one after the other, as `parse_graph` does.
+
+    What one text's operands give is remembered for the next, in which most lines are the same.
+    """
+
+    def __init__(self) -> None:
+        self._fake = SymbolicInputs()
+        self._inferred: dict[Any, Any] = {}
+
+    def read(
+        self,
+        text: str,
+        weights: Mapping[str, Tensor] | WeightMaker,
+        packed: Mapping[str, PackedWeight] | None = None,
+        namespaces: Collection[str] = (),
+    ) -> Graph:
+        """As `parse_graph`; raises what it raises."""
+        if isinstance(namespaces, str):
+            raise UnsupportedError(f"namespaces={namespaces!r} must be a list: [{namespaces!r}]")
+        parser = _Parser(weights, packed or {}, namespaces, self._fake, self._inferred)
+        try:
+            return parser.run(text)
+        # What Python and torch raise for literals, sizes and nestings beyond their limits.
+        except (ValueError, TypeError, ArithmeticError, RecursionError, RuntimeError) as error:
+            raise parser.fail(f"{type(error).__name__}: {error}") from error
 
 
 def first_difference(left: Graph, right: Graph, *, canonical: bool = False) -> str | None:

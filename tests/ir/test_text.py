@@ -13,7 +13,7 @@ from torch import nn
 from graphopt.capture import capture
 from graphopt.errors import ProgramFormatError
 from graphopt.ir.graph import Graph
-from graphopt.ir.parser import first_difference, parse_graph
+from graphopt.ir.parser import GraphReader, first_difference, parse_graph
 from graphopt.ir.printer import canonical_text, print_graph
 
 
@@ -136,6 +136,10 @@ def test_bad_text_is_refused_with_its_line(
     with pytest.raises(ProgramFormatError, match=message) as error:
         parse_graph(text, graph.weights)
     assert re.search(r"line \d+", str(error.value))
+    reader = GraphReader()
+    assert first_difference(graph, reader.read(print_graph(graph), graph.weights)) is None
+    with pytest.raises(ProgramFormatError, match=message):
+        reader.read(text, graph.weights)
 
 
 def test_every_truncation_is_refused(graphs: dict[str, Graph]) -> None:
