@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Test files run side by side; those of one file stay together, they share what they compile.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-fast test-exhaustive install install-dev lint typecheck docs bench clean
 
@@ -24,14 +27,14 @@ test: install-dev
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python tools/typecheck.py
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: install-dev
-	$(BIN)/python -m pytest -m "not real_model and not slow"
+	$(PYTEST) -m "not real_model and not slow"
 
 # Everything, the tests of many minutes too.
 test-exhaustive: install-dev
-	$(BIN)/python -m pytest --exhaustive
+	$(PYTEST) --exhaustive
 
 lint:
 	$(BIN)/python -m ruff check --fix .

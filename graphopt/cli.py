@@ -258,7 +258,7 @@ def compile_(
     program.save(out)
     console.print(program.report.table())
     console.print(times_table(program))
-    console.print(Text(f"saved to {out}"))
+    console.print(Text(f"saved to {out}"), soft_wrap=True)
 
 
 @app.command("dump")
@@ -415,10 +415,10 @@ def bisect(
     if found is None:
         console.print(Text("no rewrite changes what the model computes"))
         return
-    console.print(Text(str(found)))
+    console.print(Text(str(found)), soft_wrap=True)
     if out is not None:
         found.save(out)
-        console.print(Text(f"reproducer: python {out / 'reproduce.py'}"))
+        console.print(Text(f"reproducer: python {out / 'reproduce.py'}"), soft_wrap=True)
     raise typer.Exit(1)
 
 
@@ -466,5 +466,5 @@ def main() -> None:
         app()
     except GraphoptError as error:
         text = Text.assemble(("error:", "red"), " ", str(error))
-        Console(stderr=True).print(text, highlight=False)
+        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         sys.exit(2)

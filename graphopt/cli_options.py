@@ -95,7 +95,7 @@ def edit_with(editor: str | None, console: Console) -> Edit:
 
     def edit(text: str, error: str) -> str:
         if error:
-            console.print(Text.assemble(("error:", "red"), " ", error))
+            console.print(Text.assemble(("error:", "red"), " ", error), soft_wrap=True)
             if not sys.stdin.isatty() or not typer.confirm("Edit again?", default=True):
                 raise GraphoptError(f"the edited text is in {_write(text)}: {error}")
         path = _write(text)

@@ -204,7 +204,7 @@ def test_text_is_printed_as_it_is(
 
 def test_a_saved_program_is_announced_as_it_is_called(saved: Path, tmp_path: Path) -> None:
     place = tmp_path / "[" / "b]"
-    done = runner.invoke(cli.app, ["compile", str(saved), str(place)], env={"COLUMNS": "500"})
+    done = runner.invoke(cli.app, ["compile", str(saved), str(place)], env={"COLUMNS": "40"})
     assert done.exit_code == 0, done.output
     assert f"saved to {place}" in done.output
     assert runner.invoke(cli.app, ["inspect", str(place)]).exit_code == 0
