@@ -44,7 +44,7 @@ from graphopt.graph_diff import collapsed_diff, read_line
 from graphopt.ir.graph import Graph
 from graphopt.ir.printer import print_graph
 from graphopt.program import Program
-from graphopt.report import Report
+from graphopt.report import LOGGER, Report
 from graphopt.trace import CAPTURE, Trace, TraceStep, read_trace
 
 FORMAT, KIND = 1, "dump"
@@ -122,6 +122,9 @@ class DumpWriter:
         self.dump = dump
         self._written: dict[str, str] = {}
         self._graphs: dict[int, str] = {}
+        self._unmatched = {
+            (option, pattern) for option in ("layers", "ops") for pattern in getattr(dump, option)
+        }
         try:
             self._earlier: list[Path] | None = self._find_earlier()
         except (OSError, ValueError) as error:
@@ -168,6 +171,13 @@ class DumpWriter:
         """Returns the name of the file."""
         if self.dump.is_partial:
             shown = [line for line in text.splitlines() if self.dump.shows(line)]
+            names = {(line.layer, line.op) for line in map(read_line, text.splitlines())}
+            self._unmatched -= {
+                (option, pattern)
+                for option, pattern in self._unmatched
+                for layer, op in names
+                if _matches(layer if option == "layers" else op, [pattern])
+            }
             text, file = "\n".join([*shown, ""]), file.replace(".gir", ".part.gir")
         self._write(file, text)
         return file
@@ -181,7 +191,13 @@ class DumpWriter:
         failure: str = "",
     ) -> None:
         """Write the summary, the kernels, the report and the manifest. name: of the model."""
-        self._write(SUMMARY, summary(name, report, self._graphs, failure))
+        unmatched = [
+            f"dump: no line of these graphs matches {option}={pattern!r}"
+            for option, pattern in sorted(self._unmatched)
+        ]
+        for text in unmatched:
+            LOGGER.warning(text)
+        self._write(SUMMARY, summary(name, report, self._graphs, failure, unmatched))
         if kernels:
             self._write("kernels/serving.txt", _kernel_list(kernels, trace.steps[-1].text))
         data = json.dumps({**report.to_dict(), "seconds": report.seconds, "notes": report.notes})
@@ -243,10 +259,17 @@ def dump_program(program: Program, to: str | Path | Dump) -> None:
     writer.finish(program.options.name, program.report, program.trace, program.kernel_calls)
 
 
-def summary(name: str, report: Report, files: dict[int, str], failure: str = "") -> str:
+def summary(
+    name: str,
+    report: Report,
+    files: dict[int, str],
+    failure: str = "",
+    notes: Sequence[str] = (),
+) -> str:
     """What happened, a line a pass, as text.
 
     files: number of a pass in the report -> its graph file; a pass without one changed nothing.
+    notes: beside those of the report.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     headings = ("pass", "ms", "verify ms", "sites", "rejected", "nodes", "numeric error")
@@ -272,7 +295,7 @@ def summary(name: str, report: Report, files: dict[int, str], failure: str = "")
     rows = [line.rstrip() for line in out.getvalue().splitlines()]
     lines = [name, "", *(row for row in rows if row), ""]
     lines += [f"{stage}: {seconds:.2f} s" for stage, seconds in report.seconds.items()]
-    lines += [f"note: {note}" for note in report.notes]
+    lines += [f"note: {note}" for note in (*report.notes, *notes)]
     lines += [f"FAILED: {failure}"] if failure else []
     return "\n".join([*lines, ""])
 

@@ -55,7 +55,8 @@ def _described(entry: EntryPoint) -> str:
 def _value(entry: EntryPoint) -> Any:
     try:
         return entry.load()
-    except Exception as error:
+    # A module may end the process where it is meant to be run, not imported.
+    except (Exception, SystemExit) as error:
         raise PluginError(
             f"the plugin {_described(entry)} ({entry.group}) cannot be loaded: "
             f"{type(error).__name__}: {error}; mend it or uninstall it"

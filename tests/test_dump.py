@@ -117,6 +117,16 @@ def test_filters(model: Graph, program: graphopt.Program, tmp_path: Path) -> Non
     )
 
 
+def test_a_filter_that_matches_nothing_is_told(
+    program: graphopt.Program, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    program.dump(Dump(tmp_path, layers=("model.layer.1",), ops=("graphopt.rms_norm",)))
+    told = "dump: no line of these graphs matches layers='model.layer.1'"
+    assert [record.getMessage() for record in caplog.records] == [told]
+    assert f"note: {told}\n" in (tmp_path / "summary.txt").read_text()
+    assert not program.report.notes
+
+
 @pytest.mark.parametrize(
     ("dump", "error", "message"),
     [

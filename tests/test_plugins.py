@@ -96,3 +96,9 @@ def test_a_broken_op_plugin_is_named(tmp_path: Path) -> None:
     write_plugin(tmp_path, "acme-bad", "acme_bad_op", "x = 3", "graphopt.ops", "acme_bad_op:x")
     with installed(tmp_path), pytest.raises(PluginError, match=r"of acme-bad \(graphopt\.ops\) is"):
         load_all()
+
+
+def test_a_plugin_that_ends_the_process_is_named(tmp_path: Path) -> None:
+    write_plugin(tmp_path, "acme-exit", "acme_exit", "raise SystemExit(3)", "graphopt.ops")
+    with installed(tmp_path), pytest.raises(PluginError, match=r"of acme-exit .*SystemExit: 3"):
+        load_all()

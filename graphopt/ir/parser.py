@@ -257,6 +257,8 @@ class _Parser:
         while position < len(tokens):
             if position + 1 < len(tokens) and tokens[position + 1] == ("mark", "="):
                 key = tokens[position][1]
+                if key in kwargs:
+                    raise self.fail(f"{key}= is given twice")
                 kwargs[key], position = self._value(tokens, position + 2)
             else:
                 value, position = self._value(tokens, position)

@@ -113,6 +113,7 @@ BAD = [
     (r"sym_size\.int\(%input_ids, 1\)", "sym_size.int(%nothing, 1)", "not defined"),
     (r"eps=1e-06", "eps=oops", "not a value"),
     (r"causal=True, ", "causal=True ", "expected ','"),
+    (r"causal=True, ", "causal=True, causal=True, ", "given twice"),
     (r"f32\[batch, sequence, 96\]", "f32[batch, sequence, 97]", "the operands give"),
     (r"weight @model\.norm\.weight", "weight @model.nrm.weight", "not in the weights"),
     (r"weight @model\.norm\.weight : f32\[64\]", "weight @model.norm.weight : f32[65]", "says"),
