@@ -175,7 +175,6 @@ def bisect(
     """
     start = time.perf_counter()
     plan = plan_passes(passes, enable, disable, limits, "float", "auto" if serving else "off")
-    plan.forward_manager()
     source = load(model) if isinstance(model, str) else model
     graph = (
         source.copy() if isinstance(source, Graph) else capture(source, example, dynamic=dynamic)
@@ -250,11 +249,13 @@ class _Search:
             self.failure = f"{type(error).__name__}: {error}"
             return False
 
-    def run(self, cls: type[Pass[Any]], graph: Graph, limit: int | None) -> str:
+    def run(
+        self, cls: type[Pass[Any]], graph: Graph, limit: int | None, report: Report | None = None
+    ) -> str:
         """Run one pass in place; the text of what it raised."""
         try:
             limits = {} if limit is None else {cls.name: limit}
-            PassManager([cls.name], limits=limits).run(graph, Report())
+            PassManager([cls.name], limits=limits).run(graph, report or Report())
         # Whatever a pass raises is the finding.
         except Exception as error:
             self.failure = f"{type(error).__name__}: {error}"
@@ -286,16 +287,13 @@ class _Search:
         return self._found(cls, before, good, known_bad, start)
 
     def _next_site(self, cls: type[Pass[Any]], before: Graph, good: int | None) -> Site | None:
-        """The rewrite after `good` ones, of a pass that does not get beyond it."""
+        """The rewrite after `good` ones, of a pass that was seen to get so far and no further."""
         if good is None:
             return None
-        try:
-            candidates = run_pass(cls(), before.copy(), good)
-        except Exception:
-            return None
-        refused = (c for c in candidates if isinstance(c.result, Rejection))
-        at = next((c for c in refused if getattr(c.result, "code", "") == LIMIT), None)
-        return None if at is None else Site(f"{cls.name}#{good}", at.layer, at.source)
+        for candidate in run_pass(cls(), before.copy(), good):
+            if isinstance(candidate.result, Rejection) and candidate.result.code == LIMIT:
+                return Site(f"{cls.name}#{good}", candidate.layer, candidate.source)
+        return None
 
     def _found(
         self,
@@ -309,14 +307,10 @@ class _Search:
         if good is not None:
             self.run(cls, last_good, good)
         self.failure = ""
-        report = Report()
-        limits = {} if bad is None else {cls.name: bad}
-        self.measured, is_whole = None, True
-        try:
-            PassManager([cls.name], limits=limits).run(first_bad, report)
+        self.measured, report = None, Report()
+        is_whole = not self.run(cls, first_bad, bad, report)
+        if is_whole:
             self.good(first_bad)
-        except Exception as raised:
-            self.failure, is_whole = f"{type(raised).__name__}: {raised}", False
         error = self.measured
         sites = report.passes[-1].sites if report.passes else ()
         diff = collapsed_diff(print_graph(last_good), print_graph(first_bad)) if is_whole else ""

@@ -424,13 +424,14 @@ def bisect(
 
 def _script(path: Path) -> dict[str, Any]:
     """What a script defines, run as `python script.py` would, imports from its folder included."""
-    sys.path.insert(0, str(path.resolve().parent))
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
     try:
         return runpy.run_path(str(path))
     except SystemExit as error:
         raise UnsupportedError(f"{path} ends the process ({error.code!r}) before the end") from None
     finally:
-        sys.path.remove(str(path.resolve().parent))
+        sys.path.remove(folder)
 
 
 @app.command()

@@ -29,7 +29,7 @@ from graphopt.options import (
     check_threads,
     plan_passes,
 )
-from graphopt.passes.manager import Instrument
+from graphopt.passes.manager import Instrument, PassManager
 from graphopt.program import Program, ProgramOptions
 from graphopt.report import Rejection, Report, grouped
 from graphopt.trace import TraceRecorder
@@ -98,7 +98,6 @@ def compile(
     check_names(expected, plan.running)
     edits = check_edits(edit, plan.running)
     dumped = as_dump(config.dump if dump is None else dump, plan.running)
-    plan.forward_manager()
     writer = None if dumped is None else DumpWriter(dumped)
     recorder = TraceRecorder(
         report, is_checked=config.reread, listener=None if writer is None else writer.step
@@ -121,10 +120,14 @@ def compile(
     try:
         with report.timed("passes"):
             recorder.captured(graph)
-            plan.forward_manager(watchers).run(graph, report)
+            forward = PassManager(
+                plan.forward, disable=plan.disabled, limits=plan.limits, instruments=watchers
+            )
+            forward.run(graph, report)
             if plan.serving:
                 serving_graph = graph.copy()
-                plan.serving_manager(watchers).run(serving_graph, report)
+                cached = PassManager(plan.serving, limits=plan.limits, instruments=watchers)
+                cached.run(serving_graph, report)
         if serving_graph is None:
             refusal = _not_asked(serving)
         elif serving_graph.dialect != "serving":

@@ -49,6 +49,7 @@ from graphopt.trace import CAPTURE, Trace, TraceStep, read_trace
 
 FORMAT, KIND = 1, "dump"
 MANIFEST, REPORT, SUMMARY = "manifest.json", "report.json.gz", "summary.txt"
+_NOT_DUMPED = "not dumped"
 _OURS = re.compile(
     r"\d{2,}_\w+(\.part|\.failed)?\.gir|diffs/\d{2,}_\w+\.diff|kernels/\w+\.txt"
     r"|manifest\.json|report\.json\.gz|summary\.txt"
@@ -122,11 +123,8 @@ class DumpWriter:
         self.dump = dump
         self._written: dict[str, str] = {}
         self._graphs: dict[int, str] = {}
-        self._unmatched = {
-            (option, pattern) for option in ("layers", "ops") for pattern in getattr(dump, option)
-        }
         try:
-            self._earlier: list[Path] | None = self._find_earlier()
+            self._earlier = self._find_earlier()
         except (OSError, ValueError) as error:
             raise UnsupportedError(f"dump={str(dump.folder)!r} cannot be used: {error}") from None
 
@@ -158,7 +156,7 @@ class DumpWriter:
     def step(self, step: TraceStep, previous: TraceStep | None) -> None:
         """Write the graph after a pass, and what the pass changed."""
         if self.dump.passes and step.name not in self.dump.passes:
-            self._graphs[step.number] = "not dumped"
+            self._graphs[step.number] = _NOT_DUMPED
             return
         self._graphs[step.number] = self._graph(step.file, step.text)
         if previous is None:
@@ -171,13 +169,6 @@ class DumpWriter:
         """Returns the name of the file."""
         if self.dump.is_partial:
             shown = [line for line in text.splitlines() if self.dump.shows(line)]
-            names = {(line.layer, line.op) for line in map(read_line, text.splitlines())}
-            self._unmatched -= {
-                (option, pattern)
-                for option, pattern in self._unmatched
-                for layer, op in names
-                if _matches(layer if option == "layers" else op, [pattern])
-            }
             text, file = "\n".join([*shown, ""]), file.replace(".gir", ".part.gir")
         self._write(file, text)
         return file
@@ -191,10 +182,7 @@ class DumpWriter:
         failure: str = "",
     ) -> None:
         """Write the summary, the kernels, the report and the manifest. name: of the model."""
-        unmatched = [
-            f"dump: no line of these graphs matches {option}={pattern!r}"
-            for option, pattern in sorted(self._unmatched)
-        ]
+        unmatched = self._unmatched(trace)
         for text in unmatched:
             LOGGER.warning(text)
         self._write(SUMMARY, summary(name, report, self._graphs, failure, unmatched))
@@ -214,6 +202,20 @@ class DumpWriter:
         }
         text = json.dumps(manifest, indent=1)
         (self.dump.folder / MANIFEST).write_text(text, encoding="utf-8")
+
+    def _unmatched(self, trace: Trace) -> list[str]:
+        """A note for each filter of lines that matches none of the graphs that were written."""
+        if not self.dump.is_partial:
+            return []
+        texts = [s.text for s in trace.steps if self._graphs.get(s.number) != _NOT_DUMPED]
+        lines = [read_line(line) for text in texts for line in text.splitlines()]
+        names = {"layers": {line.layer for line in lines}, "ops": {line.op for line in lines}}
+        return [
+            f"dump: no line of these graphs matches {option}={pattern!r}"
+            for option, found in names.items()
+            for pattern in getattr(self.dump, option)
+            if not any(_matches(name, [pattern]) for name in found)
+        ]
 
     def failed(
         self, graph: Graph, report: Report, trace: Trace, running: str, error: Exception
@@ -235,9 +237,9 @@ class DumpWriter:
 
     def _write_bytes(self, file: str, data: bytes) -> None:
         # Not before there is something to put in its place: capture may fail.
-        for path in self._earlier or ():
+        for path in self._earlier:
             path.unlink(missing_ok=True)
-        self._earlier = None
+        self._earlier.clear()
         path = self.dump.folder / file
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)

@@ -54,8 +54,10 @@ class NumericsCheck:
             self._expected = outputs_of(graph, self._inputs)
             floats = [tensor for tensor in self._expected if tensor.is_floating_point()]
             if floats and not any(bool(tensor.isfinite().any()) for tensor in floats):
-                self._tell("numeric check: every output of the model is nan or infinite on these "
-                    "inputs, so little can be seen; give others as check_inputs=")  # fmt: skip
+                self._tell(
+                    "numeric check: every output of the model is nan or infinite on these "
+                    "inputs, so little can be seen; give others as check_inputs="
+                )
         except BackendError:
             # Low-bit weights have no data of their own before they are folded in.
             self._expected = None

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from graphopt.codegen.cpu.backend import BACKENDS
 from graphopt.errors import PassError, UnsupportedError
 from graphopt.ir.graph import Graph
-from graphopt.passes.manager import Instrument, PassManager
+from graphopt.passes.manager import PassManager
 from graphopt.passes.registry import default_passes, find
 from graphopt.program import KV_DTYPES
 
@@ -37,7 +37,7 @@ def check_threads(backend: str, threads: int | None) -> None:
     """Raise UnsupportedError for a count the native pool cannot have, or a backend without one."""
     if threads is None:
         return
-    if not _is_count(threads) or not 1 <= threads <= _MOST_THREADS:
+    if not is_count(threads) or not 1 <= threads <= _MOST_THREADS:
         raise UnsupportedError(
             f"threads={threads!r} is not supported; supported: an integer from 1 to "
             f"{_MOST_THREADS}, or None for as many as torch uses"
@@ -92,24 +92,6 @@ class PassPlan:
         """The passes that are not left out."""
         return self.forward + self.serving
 
-    def forward_manager(self, instruments: Sequence[Instrument] = ()) -> PassManager:
-        """Raises PassError for orders in conflict, and a required pass among the disabled."""
-        return PassManager(
-            self.forward,
-            disable=self.disabled,
-            limits=self._limits_of(self.forward),
-            instruments=instruments,
-        )
-
-    def serving_manager(self, instruments: Sequence[Instrument] = ()) -> PassManager:
-        """Raises PassError for orders in conflict."""
-        return PassManager(
-            self.serving, limits=self._limits_of(self.serving), instruments=instruments
-        )
-
-    def _limits_of(self, names: Sequence[str]) -> dict[str, int]:
-        return {name: limit for name, limit in self.limits.items() if name in names}
-
 
 def plan_passes(
     passes: Sequence[str] | None,
@@ -121,8 +103,9 @@ def plan_passes(
 ) -> PassPlan:
     """What runs, from what `compile` was told.
 
-    Raises PassError for names that do not exist and limits that could not be kept,
-    UnsupportedError for a choice of passes that another option contradicts.
+    Raises PassError for names that do not exist, limits that could not be kept, orders in conflict
+    and a required pass among the disabled, UnsupportedError for a choice of passes that another
+    option contradicts.
     """
     off = names_in("disable", disable)
     if passes is None:
@@ -142,6 +125,8 @@ def plan_passes(
     forward = [name for name in chosen if find(name).stage != "cache"]
     cached = [name for name in chosen if find(name).stage == "cache" and serving != "off"]
     checked = check_limits(limits, [*forward, *cached])
+    # Raises what would otherwise come up after the model was loaded and captured.
+    PassManager(forward, disable=off)
     return PassPlan(tuple(forward), tuple(cached), tuple(off), checked)
 
 
@@ -168,7 +153,7 @@ def check_limits(limits: Mapping[str, int] | None, running: Sequence[str]) -> di
             raise PassError(f"pass {name!r} must run and cannot be limited")
         if name not in running:
             raise PassError(f"limits names {name!r}, which is not in this run")
-        if not _is_count(limit) or limit < 0:
+        if not is_count(limit) or limit < 0:
             raise PassError(f"limits={{{name!r}: {limit!r}}}: a limit is an integer >= 0")
     return dict(limits or {})
 
@@ -186,5 +171,6 @@ def check_edits(edit: Mapping[str, Any] | None, running: Sequence[str]) -> dict[
     return dict(edit or {})
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """True for an int that is no bool."""
     return isinstance(value, int) and not isinstance(value, bool)

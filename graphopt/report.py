@@ -98,6 +98,11 @@ class PassRecord:
     limit: int | None = None
 
     @property
+    def has_changes(self) -> bool:
+        """True when the pass applied or removed anything."""
+        return bool(self.sites) or self.nodes_before != self.nodes_after
+
+    @property
     def sites(self) -> tuple[Site, ...]:
         """The rewrites that were applied."""
         return tuple(c.result for c in self.candidates if isinstance(c.result, Site))

@@ -163,8 +163,8 @@ def load_program(
         serving = parse_graph(_text(path / SERVING), weights, namespaces=namespaces)
     report = _read_report(path)
     report.seconds["read"] = time.perf_counter() - started
+    tokenizer = _read_tokenizer(path / "tokenizer")
     with report.timed("lower"):
-        tokenizer = _read_tokenizer(path / "tokenizer")
         chosen = select(options.backend, report, threads)
         del weights
         trace = read_trace(path / TRACE)

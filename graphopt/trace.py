@@ -90,9 +90,9 @@ class TraceRecorder:
         is_checked: bool = False,
         listener: Callable[[TraceStep, TraceStep | None], None] | None = None,
     ) -> None:
-        self._report, self._is_checked, self._listener = report, is_checked, listener
+        self._report, self._listener = report, listener
         self._steps: list[TraceStep] = []
-        self._reader = GraphReader()
+        self._reader = GraphReader() if is_checked else None
         self.running = ""
         """Name of the pass that is running, or that raised."""
 
@@ -114,7 +114,7 @@ class TraceRecorder:
         """Print the graph. A pass that applied nothing and removed nothing is not asked."""
         del pass_
         self.running = ""
-        if record.sites or record.nodes_before != record.nodes_after:
+        if record.has_changes:
             self.record(record.name, graph)
 
     def record(self, name: str, graph: Graph) -> None:
@@ -123,7 +123,7 @@ class TraceRecorder:
         previous = self._steps[-1] if self._steps else None
         if previous is not None and previous.text == text:
             return
-        if self._is_checked:
+        if self._reader is not None:
             check_round_trip(graph, text, name, self._reader)
         self._steps.append(TraceStep(len(self._report.passes), name, text))
         if self._listener is not None:

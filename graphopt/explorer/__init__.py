@@ -8,6 +8,7 @@ from graphopt.errors import UnsupportedError
 from graphopt.explorer.data import page_data
 from graphopt.explorer.page import MARKER, render
 from graphopt.explorer.subject import subject_of
+from graphopt.options import is_count
 from graphopt.program import Program
 
 _MOST = 1_000_000
@@ -35,8 +36,7 @@ def explore(
     """
     path = Path(out)
     for name, size in (("batch", batch), ("sequence", sequence)):
-        is_count = isinstance(size, int) and not isinstance(size, bool)
-        if not is_count or not 1 <= size <= _MOST:
+        if not is_count(size) or not 1 <= size <= _MOST:
             raise UnsupportedError(f"{name}={size!r} is not supported; give 1 to {_MOST}")
     _check_out(path, force)
     text = render(page_data(subject_of(subject), batch, sequence))

@@ -41,7 +41,7 @@ def subject_of(given: Program | str | Path) -> Subject:
         )
     elif is_dump(Path(given)):
         found = Subject(str(read_manifest(Path(given)).get("name", given)), *read_dump(given))
-        changed = [r for r in found.report.passes if r.sites or r.nodes_before != r.nodes_after]
+        changed = [record for record in found.report.passes if record.has_changes]
         if found.trace.steps and len(found.trace.steps) < 1 + len(changed):
             raise NoRecordError(
                 f"{given} leaves passes out (a filter, or a removed file): dump it whole"
