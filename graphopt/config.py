@@ -39,17 +39,26 @@ class Config:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Config:
-        """Read `environment` (default `os.environ`). Raises UnsupportedError on a bad flag."""
+        """Read `environment` (default `os.environ`). Raises UnsupportedError on a bad flag or
+        the home of an unknown user."""
         env = os.environ if environment is None else environment
         cache = env.get("GRAPHOPT_CACHE") or "~/.cache/graphopt"
+        dump = env.get("GRAPHOPT_DUMP")
         return cls(
-            cache=Path(cache).expanduser(),
+            cache=_folder("GRAPHOPT_CACHE", cache),
             offline=_flag(env, "GRAPHOPT_OFFLINE"),
             check=_flag(env, "GRAPHOPT_CHECK"),
-            dump=Path(env["GRAPHOPT_DUMP"]).expanduser() if env.get("GRAPHOPT_DUMP") else None,
+            dump=_folder("GRAPHOPT_DUMP", dump) if dump else None,
             reread=_flag(env, "GRAPHOPT_REREAD"),
             editor=env.get("VISUAL") or env.get("EDITOR") or "",
         )
+
+
+def _folder(variable: str, text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UnsupportedError(f"{variable}={text!r} names no folder: {error}") from error
 
 
 def _flag(env: Mapping[str, str], variable: str) -> bool:

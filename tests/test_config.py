@@ -34,3 +34,8 @@ def test_child_environment_adds_to_this_one(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("CHANGED", "b")
     environment = child_environment(CHANGED="c")
     assert (environment["KEPT"], environment["CHANGED"]) == ("a", "c")
+
+
+def test_the_home_of_an_unknown_user() -> None:
+    with pytest.raises(UnsupportedError, match="GRAPHOPT_CACHE='~no-such-user/x' names no folder"):
+        Config.from_environment({"GRAPHOPT_CACHE": "~no-such-user/x"})

@@ -1,8 +1,13 @@
 """Builds the native kernels with the machine's C++ compiler, once, into the cache folder.
 
-The library's name holds a hash of everything it depends on (sources, flags, compiler version, CPU
-features), so a stale one is never loaded and folders shared between machines are safe. Building is
-race-free: each builder works in its own temporary folder and renames the result into place.
+The library's name holds a hash of everything it depends on (sources, flags and CPU features, then
+the compiler's version), so a stale one is never loaded and folders shared between machines are
+safe. A machine without a compiler takes a library that another one built for its CPU.
+
+A library is used only when its last bytes are the SHA-256 of all before them (the loader ignores
+what follows an ELF image): what a power cut or a full disk left of one is built anew. Builders take
+turns under a lock, write to a folder of their own, flush, and rename into place; what a killed
+builder left is removed by the next.
 """
 
 from __future__ import annotations
@@ -16,6 +21,8 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from filelock import FileLock
 
 from graphopt.codegen.cpu.abi import NativeLibrary
 from graphopt.config import Config, child_environment
@@ -34,6 +41,9 @@ FLAGS = (
 )
 _COMPILERS = ("g++", "clang++", "c++")
 _LAST_LINES = 30
+_SEAL = b"graphopt sha256:"
+_SEAL_SIZE = len(_SEAL) + hashlib.sha256().digest_size
+_SCRATCH = "building-"
 
 
 @functools.cache
@@ -46,21 +56,60 @@ def load_library(cache: Path | None = None) -> NativeLibrary:
 
 
 def build_library(cache: Path | None = None, compiler: str | None = None) -> Path:
-    """Path of the shared library for this machine; compiles it when the cache has none.
+    """Path of the shared library for this machine; compiles it when the cache has no sound one.
 
     cache: folder (default: the Config's). compiler: command or path (default: the environment's
-    CXX, else the first of g++, clang++, c++ that is installed). Raises BackendError when there is
-    no compiler, or with the last lines of what it said when it fails.
+    CXX, else the first of g++, clang++, c++ that is installed). Raises BackendError when the folder
+    cannot be used, when there is neither a compiler nor a library of another machine, or with the
+    last lines of what the compiler said when it fails.
     """
-    program = find_compiler(compiler)
     folder = (Config.from_environment().cache if cache is None else cache) / "native"
-    target = folder / f"graphopt-{_fingerprint(program)}.so"
-    if not target.exists():
+    machine = _hash_of_machine()
+    try:
+        program = find_compiler(compiler)
+    except BackendError:
+        for built in sorted(folder.glob(f"graphopt-{machine}-*.so")):
+            if is_sound(built):
+                return built
+        raise
+    target = folder / f"graphopt-{machine}-{_hash(_output([program, '--version']))[:8]}.so"
+    if is_sound(target):
+        return target
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            built = _compile(program, Path(scratch))
-            os.replace(built, target)
+        with FileLock(folder.with_suffix(".lock")):
+            for left in folder.glob(f"{_SCRATCH}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            if not is_sound(target):
+                with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch:
+                    built = _compile(program, Path(scratch))
+                    seal(built)
+                    os.replace(built, target)
+    except OSError as error:
+        raise BackendError(
+            f"the native kernels cannot be kept in {folder}: {error}; name a folder that can be "
+            "written in the environment variable GRAPHOPT_CACHE"
+        ) from error
     return target
+
+
+def is_sound(library: Path) -> bool:
+    """True for a library that is whole: it ends with the digest of what comes before."""
+    try:
+        data = library.read_bytes()
+    except OSError:
+        return False
+    body, end = data[:-_SEAL_SIZE], data[-_SEAL_SIZE:]
+    return end == _SEAL + hashlib.sha256(body).digest()
+
+
+def seal(library: Path) -> None:
+    """Append the digest, and flush all of it to the disk."""
+    with library.open("r+b") as file:
+        digest = hashlib.sha256(file.read()).digest()
+        file.write(_SEAL + digest)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def find_compiler(compiler: str | None = None) -> str:
@@ -77,14 +126,18 @@ def find_compiler(compiler: str | None = None) -> str:
     )
 
 
-def _fingerprint(compiler: str) -> str:
-    digest = hashlib.sha256()
-    for source in sorted(SOURCES.iterdir()):
-        if source.suffix in {".h", ".cpp"}:
-            digest.update(f"{source.name}\n".encode() + source.read_bytes())
-    for fact in (*FLAGS, _output([compiler, "--version"]), platform.machine(), _cpu_features()):
-        digest.update(f"\n{fact}".encode())
-    return digest.hexdigest()[:20]
+def _hash_of_machine() -> str:
+    """Of all that a library depends on but the compiler."""
+    parts = [
+        f"{source.name}\n{source.read_text()}"
+        for source in sorted(SOURCES.iterdir())
+        if source.suffix in {".h", ".cpp"}
+    ]
+    return _hash(*parts, *FLAGS, platform.machine(), _cpu_features())[:20]
+
+
+def _hash(*facts: str) -> str:
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
 
 def _cpu_features() -> str:

@@ -118,6 +118,56 @@ def test_two_builders_at_once(tiny_sources: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "cache/native").iterdir()) == results[:1]
 
 
+@pytest.mark.parametrize("damage", ["cut", "zeros at its end", "text", "empty", "no digest"])
+def test_a_damaged_library_in_the_cache_is_built_anew(
+    damage: str, tiny_sources: Path, tmp_path: Path
+) -> None:
+    path = build.build_library(tmp_path / "cache")
+    whole = path.read_bytes()
+    path.write_bytes(
+        {
+            "cut": whole[:1000],
+            "zeros at its end": whole[:-200] + bytes(200),
+            "text": b"not a library",
+            "empty": b"",
+            "no digest": whole[: -len(build._SEAL) - 32],
+        }[damage]
+    )
+    assert not build.is_sound(path)
+    assert build.build_library(tmp_path / "cache") == path
+    assert build.is_sound(path)
+    assert ctypes.CDLL(str(path)).go_abi_version() == 2
+
+
+def test_what_a_killed_builder_left_is_removed(tiny_sources: Path, tmp_path: Path) -> None:
+    left = tmp_path / "cache/native/building-abc"
+    left.mkdir(parents=True)
+    (left / "one.o").write_bytes(b"half")
+    path = build.build_library(tmp_path / "cache")
+    assert list((tmp_path / "cache/native").iterdir()) == [path]
+
+
+def test_without_a_compiler_the_library_of_another_machine_is_taken(
+    tiny_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = build.build_library(tmp_path / "cache")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build.build_library(tmp_path / "cache") == path
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(BackendError, match=r"no C\+\+ compiler found"):
+        build.build_library(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("place", ["file", "/proc/nothing", "name too long"])
+def test_a_cache_folder_that_cannot_be_used(place: str, tiny_sources: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    folder = {"file": tmp_path / "file", "name too long": tmp_path / ("x" * 300)}.get(
+        place, Path(place)
+    )
+    with pytest.raises(BackendError, match="cannot be kept in .*GRAPHOPT_CACHE"):
+        build.build_library(folder)
+
+
 def test_compile_errors_quote_the_compiler(tiny_sources: Path, tmp_path: Path) -> None:
     (tiny_sources / "two.cpp").write_text("int two() { return missing_name; }\n")
     with pytest.raises(BackendError, match="missing_name"):
