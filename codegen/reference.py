@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from graphopt.codegen.backend import Cache, KernelCall, check_weights
 from graphopt.errors import BackendError, CapacityError
 from graphopt.ir.graph import Graph, op_name
+from graphopt.ir.verify import check_step_inputs
 from graphopt.passes.cache.insert_kv_cache import STEP_INPUTS
 
 KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -165,4 +166,5 @@ class ReferenceBackend:
         self, graph: Graph, kv_dtype: torch.dtype | None, max_context: int | None
     ) -> ReferenceServing:
         """Lower a serving graph."""
+        check_step_inputs(graph)
         return ReferenceServing(graph, kv_dtype, max_context)

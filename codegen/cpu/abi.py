@@ -8,12 +8,13 @@ the classes here repeat its fields and numbers (a test compares the two).
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 
 from graphopt.errors import BackendError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 MAX_OPERANDS = 8
 MAX_DIMS = 4
 
@@ -144,10 +145,10 @@ class NativeLibrary:
         try:
             library = ctypes.CDLL(str(path))
             version, size = library.go_abi_version, library.go_sizeof_instr
-            run = library.go_run
+            run, check_step = library.go_run, library.go_check_step
         except (OSError, AttributeError) as error:
             raise BackendError(f"cannot load the native library {path}: {error}") from error
-        version.restype = size.restype = run.restype = ctypes.c_int64
+        version.restype = size.restype = run.restype = check_step.restype = ctypes.c_int64
         if (version(), size()) != (ABI_VERSION, ctypes.sizeof(Instr)):
             raise BackendError(
                 f"native library {path} has ABI {version()} with {size()}-byte instructions; this "
@@ -161,8 +162,30 @@ class NativeLibrary:
             ctypes.c_void_p,
             ctypes.c_int64,
         ]
+        check_step.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
         self.path = path
-        self._run = run
+        self._run, self._check_step = run, check_step
+
+    def check_step(
+        self,
+        inputs: Sequence[int],
+        syms: ctypes.Array[ctypes.c_int64],
+        block_size: int,
+        blocks: int,
+    ) -> None:
+        """Raise BackendError naming the first step input that points outside the cache or the rows.
+
+        inputs: addresses of slots, query_start, kv_lens, block_tables and logit_rows, all int64
+        and as long as `syms` says. block_size, blocks: of the cache; 0 blocks: there is none.
+        """
+        addresses = (ctypes.c_void_p * len(inputs))(*inputs)
+        status = self._check_step(addresses, syms, block_size, blocks)
+        if status:
+            name = ("slots", "query_start", "kv_lens", "block_tables", "logit_rows")[status - 1]
+            raise BackendError(
+                f"step input {name!r} points outside the {syms[Sym.SYM_TOKENS]} rows of this step "
+                f"or the {blocks} blocks of {block_size} tokens of its cache"
+            )
 
     def run(
         self,
@@ -184,7 +207,7 @@ class NativeLibrary:
             raise BackendError(f"thread count must be 1 to 1024, got {threads}")
         number = instrs[status - 1].op
         name = Op(number).name if 0 <= number < Op.OP_COUNT else f"unknown op {number}"
-        if number == Op.OP_EMBED:
+        if number in (Op.OP_EMBED, Op.OP_GATHER_ROWS):
             raise BackendError(
                 f"instruction {status - 1} ({name}) looks up a row that its table does not have: a "
                 "token id or a position is out of range"

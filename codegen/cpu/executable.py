@@ -1,8 +1,13 @@
-"""A lowered serving graph: weights in kernel layouts, a plan, an arena; one native call a step."""
+"""A lowered serving graph: weights in kernel layouts, a plan, an arena; one native call per step.
+
+Several threads may call one executable: a step is computed under a lock, because its arena and its
+table of addresses are the executable's. The logits belong to the caller.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +60,7 @@ class CpuServing:
         (logits,) = graph.output_nodes
         self._logits_dtype: torch.dtype = logits.meta["val"].dtype
         self._library, self._threads = library, threads
+        self._lock = threading.Lock()
         self._arena = torch.empty(0, dtype=torch.uint8)
         self._bases = (ctypes.c_void_p * (len(plan.externals) + 1))()
         self._syms = (ctypes.c_int64 * Sym.SYM_COUNT)(1)
@@ -126,28 +132,35 @@ class CpuServing:
         """One step; see `ServingExecutable`."""
         if not isinstance(cache, TensorCache):
             raise BackendError("this cache was made by another executable")
+        step = (tokens, positions, slots, query_start, kv_lens, block_tables, logit_rows)
+        with self._lock:
+            return self._step(cache, step)
+
+    def _step(self, cache: TensorCache, step: tuple[Tensor, ...]) -> Tensor:
         if cache is not self._bound_cache:
             self._bind(cache)
+        tokens, _, slots, query_start, kv_lens, block_tables, logit_rows = step
         rows = tokens.shape[0]
         needed = self.plan.arena_fixed + self.plan.arena_per_token * rows + 64
         if self._arena.numel() < needed:
             self._arena = torch.empty(needed, dtype=torch.uint8)
         logits = torch.empty((logit_rows.shape[0], self.vocab_size), dtype=self._logits_dtype)
-        step = (tokens, positions, slots, query_start, kv_lens, block_tables, logit_rows)
-        bases = self._bases
+        bases, syms = self._bases, self._syms
         bases[ARENA] = -(-self._arena.data_ptr() // 64) * 64
         self._set(LOGITS, logits)
         for (name, _), value in zip(STEP_INPUTS, step, strict=True):
             self._set(name, value)
-        self._syms[Sym.SYM_TOKENS] = rows
-        self._syms[Sym.SYM_REQUESTS] = kv_lens.shape[0]
-        self._syms[Sym.SYM_LOGIT_ROWS] = logit_rows.shape[0]
-        self._syms[Sym.SYM_BLOCK_COLUMNS] = block_tables.shape[1]
+        syms[Sym.SYM_TOKENS] = rows
+        syms[Sym.SYM_REQUESTS] = kv_lens.shape[0]
+        syms[Sym.SYM_LOGIT_ROWS] = logit_rows.shape[0]
+        syms[Sym.SYM_BLOCK_COLUMNS] = block_tables.shape[1]
+        followed = (slots, query_start, kv_lens, block_tables, logit_rows)
+        self._library.check_step([t.data_ptr() for t in followed], syms, *_size_of(cache))
         for segment in self.plan.segments:
             if isinstance(segment, HostStep):
                 segment.run(self._resolve)
             else:
-                self._library.run(segment.instrs, bases, self._syms, self._threads)
+                self._library.run(segment.instrs, bases, syms, self._threads)
         return logits
 
     def _set(self, name: str, value: Tensor) -> None:
@@ -162,10 +175,12 @@ class CpuServing:
         for name, tensor in zip(self._cache_names, cache.tensors, strict=True):
             self._set(name, tensor)
             dtype_of[self._base_of[name]] = NATIVE_DTYPES[tensor.dtype]
-        block_size = cache.tensors[0].shape[1] if cache.tensors else 1
+        block_size, blocks = _size_of(cache)
         for instr in self._instrs():
             if instr.op in _CACHE_OPS:
                 instr.attrs_i[0] = block_size
+                if instr.op == Op.OP_KV_WRITE:
+                    instr.attrs_i[1] = blocks
                 for operand in instr.operands:
                     operand.dtype = dtype_of.get(operand.base, operand.dtype)
         self._bound_cache = cache
@@ -186,6 +201,14 @@ class CpuServing:
         storage = self._host_tensors[base]
         start = int(storage.storage_offset()) + view.offset // view.dtype.itemsize
         return storage.as_strided(sizes, view.strides, start)
+
+
+def _size_of(cache: TensorCache) -> tuple[int, int]:
+    """(block size, blocks); no blocks for a model without attention."""
+    if not cache.tensors:
+        return 1, 0
+    blocks, block_size = cache.tensors[0].shape[:2]
+    return block_size, blocks
 
 
 def lower_serving(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.codegen.cpu.abi import Op, Sym
-from graphopt.codegen.cpu.dtypes import FLOATS
+from graphopt.codegen.cpu.dtypes import FLOATS, NATIVE_DTYPES
 from graphopt.codegen.cpu.plan import HostStep, NativeStep, Plan, PlanBuilder
 from graphopt.codegen.cpu.views import Extent, View, row_major
 from graphopt.errors import BackendError
@@ -157,7 +157,15 @@ class Lowering:
 
     def copy(self, source: View, target: View) -> None:
         """Element-wise copy or cast between views of one shape."""
-        elementwise(self, Op.OP_UNARY, [target, source], (0,))
+        if source.dtype in NATIVE_DTYPES and target.dtype in NATIVE_DTYPES:
+            elementwise(self, Op.OP_UNARY, [target, source], (0,))
+            return
+
+        def run(tensor: Callable[[View | Extent], Any]) -> None:
+            tensor(target).copy_(tensor(source))
+
+        text = f"copy of {source.dtype} ({self.plan.value})"
+        self.plan.steps.append(HostStep(run, (target, source), text, "aten.copy", self.plan.value))
 
     def dense(self, view: View) -> View:
         """`view` itself when it is dense with rows slowest, else a dense copy."""

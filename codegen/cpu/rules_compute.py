@@ -17,7 +17,8 @@ from graphopt.codegen.cpu.lower import (
     tensor_floats,
 )
 from graphopt.codegen.cpu.views import Extent, View, row_major
-from graphopt.ir.graph import argument
+from graphopt.errors import BackendError
+from graphopt.ir.graph import argument, where
 from graphopt.ops import (
     embedding_wq,
     geglu,
@@ -285,8 +286,16 @@ def rotary(lowering: Lowering, node: fx.Node) -> bool:
     return True
 
 
+def _check_cache(node: fx.Node, name: str, heads: int, width: int) -> None:
+    shape = tuple(argument(node, name).meta["val"].shape[2:])
+    if shape != (heads, width):
+        raise BackendError(
+            f"{name} of {where(node)} holds {list(shape)} per token, not {[heads, width]}"
+        )
+
+
 def write_cache(lowering: Lowering, node: fx.Node) -> bool:
-    """Keys and values into the cache. The block size is filled in per cache."""
+    """Keys and values into the cache. Block size and blocks are filled in per cache."""
     k_cache, v_cache, k, v, slots = (lowering.view(n) for n in node.args)
     k_shape, v_shape = _heads(k), _heads(v)
     if k_shape is None or v_shape is None:
@@ -296,6 +305,8 @@ def write_cache(lowering: Lowering, node: fx.Node) -> bool:
         return False
     rows, heads, k_width = k_shape[:3]
     steps = [[], [], k_shape[3:], v_shape[3:], [1]]
+    _check_cache(node, "k_cache", heads.mult, k_width)
+    _check_cache(node, "v_cache", heads.mult, v_shape[2])
     dims = [rows, heads, Extent(k_width), Extent(v_shape[2])]
     lowering.add(Op.OP_KV_WRITE, [k_cache, v_cache, k, v, slots], dims, steps, writes=2)
     return True
@@ -318,6 +329,8 @@ def paged(lowering: Lowering, node: fx.Node) -> bool:
     kv_heads = int(argument(node, "k_cache").meta["val"].shape[2])
     if heads.mult % kv_heads:
         return False
+    _check_cache(node, "k_cache", kv_heads, width)
+    _check_cache(node, "v_cache", kv_heads, shape_out[2])
     sink_views = [] if sinks is None else [lowering.view(sinks)]
     if not all(_is_vector(view, heads.mult) for view in sink_views):
         return False

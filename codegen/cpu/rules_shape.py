@@ -164,12 +164,12 @@ def index_select(lowering: Lowering, node: fx.Node) -> bool:
     flat_out = lowering.rows_by_width(out)
     if flat is None or flat_out is None:
         return False
-    _, stride, width = flat
+    source_rows, stride, width = flat
     count, out_stride, _ = flat_out
     lowering.add(
         Op.OP_GATHER_ROWS,
         [out, source, rows],
-        [count, Extent(width)],
+        [count, Extent(width), source_rows],
         [[out_stride], [stride], [1]],
     )
     return True

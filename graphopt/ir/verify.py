@@ -9,6 +9,7 @@
 6. Only cache inputs are written to.
 7. Only known ops: ATen, those that `define` made (graphopt's, plugins') and integer arithmetic on
    sizes.
+8. In a serving graph, the numbers that cache ops follow into memory are step inputs, unchanged.
 """
 
 from __future__ import annotations
@@ -66,9 +67,24 @@ def verify(graph: Graph, after: str = "", trusted: Collection[fx.Node] = ()) -> 
         has_effect = is_impure(node.target) or checks_values(node.target)
         if not node.users and node.op != "placeholder" and not has_effect:
             raise VerifyError(f"{blame}{where(node)} is dead")
+    check_step_inputs(graph, blame)
     declared = [spec.name for spec in graph.inputs]
     if placeholders != declared:
         raise VerifyError(f"{blame}inputs are {placeholders}, declared are {declared}")
+
+
+def check_step_inputs(graph: Graph, blame: str = "") -> None:
+    """Invariant 8, which makes a graph from a file safe to run. Raises VerifyError."""
+    if graph.dialect != "serving":
+        return
+    for node in graph.nodes:
+        spec = spec_of(node.target)
+        for operand, name in spec.step_inputs.items() if spec else ():
+            value = argument(node, operand)
+            if not isinstance(value, fx.Node) or value.op != "placeholder" or value.target != name:
+                raise VerifyError(
+                    f"{blame}{operand} of {where(node)} is not the step input {name!r}"
+                )
 
 
 def _check_weight(graph: Graph, node: fx.Node, blame: str) -> None:

@@ -34,4 +34,10 @@ def cost(k_cache: Tensor, v_cache: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, slots
     return Cost(0.0, 2.0 * nbytes(k_BGTD, v_BGTE))
 
 
-SPEC = define(SCHEMA, reference=reference, fake=fake, cost=cost)
+SPEC = define(
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    cost=cost,
+    step_inputs={"slots_T": "slots"},
+)

@@ -80,4 +80,10 @@ def cost(
     return Cost(2.0 * h * t * context * (d + e), nbytes(q_BHTD) * 2.0 + kv_bytes)
 
 
-SPEC = define(SCHEMA, reference=reference, fake=fake, cost=cost)
+SPEC = define(
+    SCHEMA,
+    reference=reference,
+    fake=fake,
+    cost=cost,
+    step_inputs={name: name for name in ("block_tables", "query_start", "kv_lens")},
+)

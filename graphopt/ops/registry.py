@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, Literal
 
@@ -50,7 +50,8 @@ class OpSpec:
     name: as `op_name` spells it, "graphopt.rope". reference: the definition of its meaning, plain
     torch, any device. fake: shape and dtype of its result. cost: called like the op, on fake or
     real tensors. mutates: names of the arguments it writes (KV-cache storage only). rows: how it
-    treats token rows; None: unknown, or a matter of its arguments.
+    treats token rows; None: unknown, or a matter of its arguments. step_inputs: argument -> the
+    step input that a serving graph hands it unchanged: kernels follow these numbers into memory.
     """
 
     name: str
@@ -60,6 +61,7 @@ class OpSpec:
     cost: Callable[..., Cost]
     mutates: tuple[str, ...]
     rows: RowKind | None = None
+    step_inputs: Mapping[str, str] = field(default_factory=dict)
 
 
 def define(
@@ -69,6 +71,7 @@ def define(
     fake: Callable[..., Any],
     cost: Callable[..., Cost],
     rows: RowKind | None = None,
+    step_inputs: Mapping[str, str] | None = None,
 ) -> OpSpec:
     """Register an op: `rope(Tensor x, ...) -> Tensor` in the namespace graphopt, with
     `acme::squared(Tensor x) -> Tensor` in acme. The schema's `(a!)` marks name the mutated
@@ -76,6 +79,7 @@ def define(
 
     rows: "pointwise" when every element of the result depends on the operands' elements in its
         place only: models that call the op can then be served with a KV cache.
+    step_inputs: as in `OpSpec`.
     Raises UnsupportedError for a namespace that is torch's or no name, an op that is defined
     twice, and unknown `rows`.
     """
@@ -104,7 +108,7 @@ def define(
         for argument in overload._schema.arguments
         if argument.alias_info is not None and argument.alias_info.is_write
     )
-    spec = OpSpec(full, overload, reference, fake, cost, mutates, rows)
+    spec = OpSpec(full, overload, reference, fake, cost, mutates, rows, dict(step_inputs or {}))
     _REGISTRY[full] = spec
     return spec
 

@@ -164,7 +164,7 @@ def test_a_cache_folder_that_cannot_be_used(place: str, tiny_sources: Path, tmp_
     folder = {"file": tmp_path / "file", "name too long": tmp_path / ("x" * 300)}.get(
         place, Path(place)
     )
-    with pytest.raises(BackendError, match="cannot be kept in .*GRAPHOPT_CACHE"):
+    with pytest.raises(BackendError, match=r"cannot be kept in .*GRAPHOPT_CACHE"):
         build.build_library(folder)
 
 

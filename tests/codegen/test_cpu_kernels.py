@@ -161,7 +161,7 @@ def test_kv_write(dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
         [k_cache, v_cache, k, v, slots],
         [rows, heads, key_width, value_width],
         [[], [], row_head(k), row_head(v)],
-        [block_size],
+        [block_size, blocks],
     )
     for cache, fresh in ((k_cache, k), (v_cache, v)):
         expected = torch.full_like(cache, float("nan")).flatten(0, 1)
@@ -332,9 +332,33 @@ def test_gather_rows(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     x = (torch.randn(11, 37) * 50).to(source)
     indices = torch.randint(0, 11, (6,))
     out = torch.zeros(6, 40, dtype=to)
-    call(Op.OP_GATHER_ROWS, [out, x, indices], [6, 37], [[40], [37]])
+    call(Op.OP_GATHER_ROWS, [out, x, indices], [6, 37, 11], [[40], [37]])
     assert torch.equal(out[:, :37], x[indices].to(to))
     assert (out[:, 37:] == 0).all()
+
+
+@pytest.mark.parametrize("index", [-1, 11, 2**40])
+def test_gather_rows_stays_inside_its_table(index: int) -> None:
+    x, out = torch.randn(11, 4), torch.zeros(3, 4)
+    indices = torch.tensor([2, index, 5])
+    with pytest.raises(BackendError, match="looks up a row that its table does not have"):
+        call(Op.OP_GATHER_ROWS, [out, x, indices], [3, 4, 11], [[4], [4]])
+
+
+@pytest.mark.parametrize("slot", [20, 10**9])
+def test_kv_write_stays_inside_the_cache(slot: int) -> None:
+    k, v = torch.randn(2, 1, 4), torch.randn(2, 1, 4)
+    k_cache, v_cache = torch.zeros(5, 4, 1, 4), torch.zeros(5, 4, 1, 4)
+    with pytest.raises(BackendError, match="OP_KV_WRITE"):
+        call(
+            Op.OP_KV_WRITE,
+            [k_cache, v_cache, k, v, torch.tensor([0, slot])],
+            [2, 1, 4, 4],
+            [[], [], row_head(k), row_head(v)],
+            [4, 5],
+            threads=1,
+        )
+    assert torch.equal(k_cache[0, 0], k[0])
 
 
 def test_extents_and_addresses_scale_with_the_step() -> None:

@@ -12,7 +12,7 @@
 #pragma once
 #include <cstdint>
 
-constexpr int64_t ABI_VERSION = 1;
+constexpr int64_t ABI_VERSION = 2;
 
 enum DType : int32_t { F32 = 0, BF16 = 1, F16 = 2, I64 = 3, I32 = 4, U8 = 5, I8 = 6, BOOL = 7 };
 
@@ -51,7 +51,7 @@ enum Op : int32_t {
   OP_ROPE = 4,
   // k_cache, v_cache (F32, F16 or BF16 [blocks, block size, kv_heads, D]), k, v, slots (I64 [rows],
   // block * block size + place in the block; a negative slot is skipped).
-  // dims: rows, kv_heads, D_k, D_v. k, v: row, head. i: 0 block size.
+  // dims: rows, kv_heads, D_k, D_v. k, v: row, head. i: 0 block size, 1 blocks of the cache.
   OP_KV_WRITE = 5,
   // out, q, k_cache, v_cache, block_tables (I64 [requests, columns]), query_start (I64 prefix sums
   // [requests + 1], last = rows), kv_lens (I64 [requests], context length with this step's rows),
@@ -69,7 +69,7 @@ enum Op : int32_t {
   // out, a. dims: any 4. out, a: all 4. i: 0 UnaryKind. Copies also take the integer dtypes (then
   // int -> int is exact and int -> float is rounded once).
   OP_UNARY = 9,
-  // out, x, row indices (I64 [rows]). dims: rows, D. out, x: row.
+  // out, x, row indices (I64 [rows]). dims: rows, D, rows of x. out, x: row.
   OP_GATHER_ROWS = 10,
   OP_COUNT = 11,
 };

@@ -25,11 +25,13 @@ void kv_write(const Instr& instr, Context& ctx, int thread, int threads) {
   const int64_t heads = ctx.dim(instr, 1);
   const int64_t widths[2] = {ctx.dim(instr, 2), ctx.dim(instr, 3)};
   const int64_t* slots = ctx.ptr<int64_t>(instr, 4);
+  const int64_t slots_of_cache = instr.attrs_i[0] * instr.attrs_i[1];
   const int64_t widest = widths[0] > widths[1] ? widths[0] : widths[1];
   float* buffer = reinterpret_cast<float*>(ctx.scratch(thread, widest * sizeof(float)));
   const Range part = share(ctx.dim(instr, 0), thread, threads);
   for (int64_t row = part.begin; row < part.end; ++row) {
     if (slots[row] < 0) continue;
+    if (slots[row] >= slots_of_cache) return ctx.fail(instr);
     for (int which = 0; which < 2; ++which) {
       const int cache = ctx.dtype(instr, which), fresh = ctx.dtype(instr, 2 + which);
       const int64_t* s = instr.strides[2 + which];
@@ -49,8 +51,10 @@ void gather_rows(const Instr& instr, Context& ctx, int thread, int threads) {
   const int64_t width = ctx.dim(instr, 1);
   const int64_t* indices = ctx.ptr<int64_t>(instr, 2);
   float* buffer = reinterpret_cast<float*>(ctx.scratch(thread, width * sizeof(float)));
+  const int64_t table_rows = ctx.dim(instr, 2);
   const Range part = share(ctx.dim(instr, 0), thread, threads);
   for (int64_t row = part.begin; row < part.end; ++row) {
+    if (indices[row] < 0 || indices[row] >= table_rows) return ctx.fail(instr);
     convert(at(ctx.ptr(instr, 1), from, indices[row] * instr.strides[1][0]), from,
             at(ctx.ptr(instr, 0), to, row * instr.strides[0][0]), to, width, buffer);
   }

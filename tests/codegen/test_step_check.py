@@ -1,0 +1,123 @@
+"""Nothing that reaches the native kernels points outside the cache or the rows of a step."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from serving_steps import Steps
+from tiny_models import tiny_llama
+from torch import Tensor, nn
+
+import graphopt
+from graphopt.codegen.cpu.backend import CpuBackend
+from graphopt.codegen.cpu.build import load_library
+from graphopt.codegen.reference import ReferenceBackend
+from graphopt.errors import BackendError, VerifyError
+from graphopt.ir.parser import parse_graph
+from graphopt.ir.printer import print_graph
+
+
+@pytest.fixture(scope="module")
+def program() -> graphopt.Program:
+    return graphopt.compile(tiny_llama(), threads=2)
+
+
+def step_inputs() -> dict[str, Tensor]:
+    """Two requests of 3 and 2 rows on 6 blocks of 4 tokens."""
+    return {
+        "tokens": torch.tensor([1, 2, 3, 4, 5]),
+        "positions": torch.tensor([0, 1, 2, 0, 1]),
+        "slots": torch.tensor([4, 5, 6, 8, 9]),
+        "query_start": torch.tensor([0, 3, 5]),
+        "kv_lens": torch.tensor([3, 2]),
+        "block_tables": torch.tensor([[1, 0], [2, 0]]),
+        "logit_rows": torch.tensor([2, 4]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value"),
+    [
+        ("slots", 1, 24),
+        ("slots", 4, 10**12),
+        ("query_start", 0, 1),
+        ("query_start", 1, -1),
+        ("query_start", 2, 4),
+        ("kv_lens", 0, 2),
+        ("kv_lens", 0, 9),
+        ("kv_lens", 1, -1),
+        ("block_tables", 0, 6),
+        ("block_tables", 2, -1),
+        ("logit_rows", 0, 5),
+        ("logit_rows", 1, -1),
+    ],
+)
+def test_step_inputs_out_of_range(
+    program: graphopt.Program, name: str, place: int, value: int
+) -> None:
+    executable = program.executable
+    cache = executable.new_cache(6, 4)
+    good = executable(cache, **step_inputs())
+    inputs = step_inputs()
+    inputs[name].view(-1)[place] = value
+    with pytest.raises(BackendError, match=f"step input '{name}' points outside the 5 rows"):
+        executable(cache, **inputs)
+    assert torch.equal(executable(cache, **step_inputs()), good)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("%slots)", "%tokens)"), ("%query_start, %kv_lens", "%kv_lens, %query_start")],
+)
+def test_a_graph_that_hands_cache_ops_other_numbers_is_refused(old: str, new: str) -> None:
+    serving = graphopt.compile(tiny_llama(), backend="reference").serving
+    assert serving is not None
+    text = print_graph(serving)
+    assert old in text
+    graph = parse_graph(text.replace(old, new), serving.weights)
+    for backend in (ReferenceBackend(), CpuBackend(load_library())):
+        with pytest.raises(VerifyError, match="is not the step input"):
+            backend.lower_serving(graph, None, None)
+
+
+def test_threads_share_a_program(program: graphopt.Program) -> None:
+    ids = [torch.tensor([row]) for row in ([1, 2, 3], [9, 8, 7, 6, 5, 4], [5] * 40)]
+    expected = [program(row) for row in ids]
+    wrong: list[int] = []
+
+    def work(k: int) -> None:
+        wrong.extend(k for _ in range(60) if not torch.equal(program(ids[k]), expected[k]))
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+class Plain(nn.Module):
+    """A language model without attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(31, 16), nn.Linear(16, 31)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.embed(input_ids))
+
+
+def test_dtypes_without_kernels_are_computed_by_torch() -> None:
+    model, ids = Plain().double().eval(), torch.randint(0, 30, (2, 6))
+    program = graphopt.compile(model, ids)
+    for _ in range(3):
+        assert torch.equal(program(ids), model(ids))
+
+
+def test_random_steps_pass_the_check(program: graphopt.Program) -> None:
+    steps = Steps(program.executable, [[1, 2, 3, 4, 5, 6, 7], [8, 9], [3] * 11])
+    whole = Steps(program.executable, [[1, 2, 3, 4, 5, 6, 7], [8, 9], [3] * 11]).run([7, 2, 11])
+    for ours, theirs in zip(steps.run_in_chunks(3), whole, strict=True):
+        assert torch.equal(ours, theirs)
