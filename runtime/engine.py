@@ -1,15 +1,17 @@
 """The engine: submit requests, step, get tokens. Continuous batching over one executable.
 
-Not thread-safe: one thread calls it. An error in a step (of the executable, or logits that are no
-distribution) propagates; no token or block is lost, and the next step computes the same rows again.
-`generate` and `stream` cancel their own requests then.
+One thread at a time: a call while another thread is in one is a RequestError. An error in a step
+(of the executable, or logits that are no distribution) propagates; no token or block is lost, and
+the next step computes the same rows again. `generate` and `stream` cancel their own requests then.
 """
 
 from __future__ import annotations
 
 import random
+import threading
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +76,8 @@ class EngineStats:
 
 @dataclass(slots=True, eq=False)
 class _Live:
-    """A request between `submit` and its last event. inbox: events its stream has not yet given."""
+    """A request between `submit` and its last event. inbox: events that `stream` has not yet given
+    or that `generate` does not need; None: they are for the caller of `step`."""
 
     request: Request
     detokenizer: Detokenizer | None
@@ -129,14 +132,16 @@ class Engine:
         )
         self._runner = Runner(executable, num_blocks, block_size)
         self._live: dict[int, _Live] = {}
+        self._kept: list[TokenEvent] = []
+        self._in_use = threading.RLock()
         self._next_id = 0
         self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._entropy = random.SystemRandom()
 
     @property
     def has_work(self) -> bool:
-        """True while any request is unfinished."""
-        return self._scheduler.has_work
+        """True while any request is unfinished, or `step` has events to give."""
+        return self._scheduler.has_work or bool(self._kept)
 
     @property
     def stats(self) -> EngineStats:
@@ -165,6 +170,10 @@ class Engine:
             )
         tokens = self._encode(prompt)
         self._check(tokens, params)
+        with self._alone():
+            return self._submit(tokens, params)
+
+    def _submit(self, tokens: tuple[int, ...], params: SamplingParams) -> int:
         request = Request(
             self._next_id,
             tokens,
@@ -187,11 +196,37 @@ class Engine:
 
         Raises RequestError when it is not waiting or running.
         """
-        self._scheduler.cancel(request_id)
-        return self._deliver(self._live[request_id], None, "")
+        with self._alone():
+            self._scheduler.cancel(request_id)
+            return self._deliver(self._live[request_id], None, "")
 
     def step(self) -> list[TokenEvent]:
-        """Compute one batch; returns the tokens it gave, at most one a request."""
+        """Compute one batch; returns the tokens it gave, at most one per request, after those of
+        requests of `submit` that `generate` or a stream computed meanwhile."""
+        with self._alone():
+            events = self._advance()
+            kept, self._kept = self._kept, []
+            return kept + events
+
+    def _step_for_others(self) -> None:
+        """A step whose caller wants no events: those that are in no inbox are kept for `step`."""
+        with self._alone():
+            inboxes = {id_ for id_, live in self._live.items() if live.inbox is not None}
+            self._kept += [e for e in self._advance() if e.request_id not in inboxes]
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._in_use.acquire(blocking=False):
+            raise RequestError(
+                "another thread is using this engine; give each thread an engine of its own, or "
+                "call this one from a single thread"
+            )
+        try:
+            yield
+        finally:
+            self._in_use.release()
+
+    def _advance(self) -> list[TokenEvent]:
         plan = self._scheduler.schedule()
         if not plan.rows:
             return []
@@ -207,8 +242,8 @@ class Engine:
     ) -> list[Completion]:
         """Complete all prompts, batched together; results in the order of the prompts.
 
-        params: one for all, or one a prompt. Requests made by `submit` advance too, but their
-        events are lost; use streams beside this. Raises what `submit` and `step` raise; then none
+        params: one for all, or one per prompt. Requests made by `submit` advance too; the
+        next `step` gives their events. Raises what `submit` and `step` raise; then none
         of the prompts is left in the engine.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
@@ -221,9 +256,11 @@ class Engine:
         lives: list[_Live] = []
         try:
             for prompt, one in zip(prompts, many, strict=True):
-                lives.append(self._live[self.submit(prompt, one)])
+                live = self._live[self.submit(prompt, one)]
+                live.inbox = deque()
+                lives.append(live)
             while any(live.request.finish_reason is None for live in lives):
-                self.step()
+                self._step_for_others()
         except BaseException:
             self._cancel_unfinished(lives)
             raise
@@ -235,7 +272,8 @@ class Engine:
         """Complete one prompt; an event a token.
 
         Several streams and other requests may be under way at once: each iterator steps the
-        engine when it has no event, and the others find theirs later. Closing or dropping one
+        engine when it has no event, and the others (`step`, for requests of `submit`) find theirs
+        later. Closing or dropping one
         cancels its request. Raises RequestError at once, not at the first event.
         """
         live = self._live[self.submit(prompt, params)]
@@ -254,7 +292,7 @@ class Engine:
                 if inbox:
                     yield inbox.popleft()
                 else:
-                    self.step()
+                    self._step_for_others()
         finally:
             self._cancel_unfinished([live])
 

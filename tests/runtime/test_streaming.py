@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from typing import Any
 
 import pytest
@@ -159,3 +160,44 @@ def test_prompt_text_is_encoded_and_an_empty_one_refused() -> None:
     assert done.prompt_tokens == tuple(b"ask")
     with pytest.raises(RequestError, match="the prompt is empty"):
         engine.submit("")
+
+
+def test_submitted_requests_find_what_streams_and_generate_computed() -> None:
+    engine = Engine(FakeExecutable())
+    params = SamplingParams(max_tokens=4)
+    mine = engine.submit([1, 2, 3], params)
+    list(engine.stream([4, 5], SamplingParams(max_tokens=8)))
+    engine.generate([[7]], params)
+    assert engine.has_work
+    events: list[TokenEvent] = []
+    while engine.has_work:
+        events += engine.step()
+    assert [e.request_id for e in events] == [mine] * 4
+    assert [e.token for e in events] == greedy([1, 2, 3], 4)
+    assert engine.step() == []
+
+
+def test_an_engine_in_use_says_so_to_other_threads() -> None:
+    told: list[str] = []
+
+    class Meddling(FakeExecutable):
+        """Its step is in the way of another thread."""
+
+        def __call__(self, *args: Any, **inputs: Any) -> Any:
+            def work() -> None:
+                for call in (engine.step, lambda: engine.submit([1]), lambda: engine.cancel(0)):
+                    try:
+                        call()
+                    except RequestError as error:
+                        told.append(str(error))
+
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+            return super().__call__(*args, **inputs)
+
+    engine = Engine(Meddling())
+    (done,) = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=2))
+    assert list(done.tokens) == greedy([1, 2, 3], 2)
+    assert len(told) == 6
+    assert all("another thread is using this engine" in text for text in told)
