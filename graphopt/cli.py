@@ -1,22 +1,26 @@
 """The command line: `graphopt demo | generate | run | compile | dump | inspect | explain |
 explore | bisect | passes`.
 
-Errors that graphopt raises on purpose are printed as one line, exit status 2; anything else is a
-bug and keeps its traceback.
+Errors that graphopt raises on purpose are printed as one line, exit status 2; output that cannot be
+written (a full disk) likewise, exit status 1; anything else is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import runpy
 import sys
 import time
+import traceback
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import torch
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -52,7 +56,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compile transformer models into graphs that can be seen, checked and run.",
 )
-console = Console()
+
+
+class _Terminal(Console):
+    """A terminal that says it has no columns (COLUMNS=0) gets 80, rather than nothing."""
+
+    @property
+    def size(self) -> ConsoleDimensions:
+        found = super().size
+        return found if found.width > 0 else ConsoleDimensions(80, found.height)
+
+    @size.setter
+    def size(self, new_size: tuple[int, int]) -> None:
+        self._width, self._height = new_size
+
+
+console = _Terminal()
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+_MOST_TOKENS = 128
 
 DEMO_MODEL = "smollm2-135m"
 DEMO_PROMPT = "What is a compiler? Answer briefly."
@@ -121,6 +142,27 @@ def _kept(model: str, weights: str | None) -> Literal["packed", "dense"]:
     return cast(Literal["packed", "dense"], weights)
 
 
+def _valid(prompt: str) -> str:
+    """The prompt. Raises UnsupportedError when the shell handed over bytes that are no UTF-8."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UnsupportedError(
+            f"the prompt is not valid UTF-8 at character {error.start}; write it in UTF-8"
+        ) from None
+    return prompt
+
+
+def _fitting(program: Program, prompt: str | list[int]) -> int:
+    """As many tokens as the context leaves after the prompt, at most _MOST_TOKENS."""
+    limit = program.executable.max_context
+    has_length = not isinstance(prompt, str) or program.tokenizer is not None
+    if limit is None or not has_length:
+        return _MOST_TOKENS
+    tokens = program.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    return max(1, min(_MOST_TOKENS, limit - len(tokens) + 1))
+
+
 def stream(program: Program, prompt: str | list[int], params: SamplingParams) -> None:
     """Print a completion as it is made, then its speed."""
     start = time.perf_counter()
@@ -166,7 +208,13 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="text to continue, or a question with --chat")],
     chat: Annotated[bool, typer.Option(help="wrap the prompt in the chat template")] = False,
-    max_tokens: Annotated[int, typer.Option(help="tokens to generate")] = 128,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help=f"tokens to generate; default: {_MOST_TOKENS}, or what the context leaves",
+            show_default=False,
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 is off")] = 0,
     top_p: Annotated[float, typer.Option(help="1 is off")] = 1.0,
@@ -178,12 +226,20 @@ def generate(
 ) -> None:
     """Generate text with a model or a saved program."""
     params = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+        max_tokens=_MOST_TOKENS if max_tokens is None else max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
     )
+    prompt = _valid(prompt)
     program = open_program(
         model, weights=weights, dtype=dtype, activations=activations, backend=backend
     )
-    stream(program, program.chat_prompt(prompt) if chat else prompt, params)
+    asked = program.chat_prompt(prompt) if chat else prompt
+    if max_tokens is None:
+        params = replace(params, max_tokens=_fitting(program, asked))
+    stream(program, asked, params)
 
 
 @app.command()
@@ -214,6 +270,7 @@ def run(
     backend: Backend = None,
 ) -> None:
     """Compile a model with other passes, or with the graph edited by hand, and generate with it."""
+    prompt = _valid(prompt)
     if editor is not None and not edit_after:
         raise UnsupportedError("--editor has no effect without --edit-after")
     options = pipeline_options(disable, enable, limit, check)
@@ -430,6 +487,14 @@ def _script(path: Path) -> dict[str, Any]:
         return runpy.run_path(str(path))
     except SystemExit as error:
         raise UnsupportedError(f"{path} ends the process ({error.code!r}) before the end") from None
+    except SyntaxError as error:
+        raise UnsupportedError(f"{path} is no Python: {error}") from error
+    # A script may raise anything.
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        place = f" at line {lines[-1]}" if lines else ""
+        raise UnsupportedError(f"{path} raised {type(error).__name__}{place}: {error}") from error
     finally:
         sys.path.remove(folder)
 
@@ -464,8 +529,22 @@ def passes() -> None:
 def main() -> None:
     """Entry point of the `graphopt` command."""
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except GraphoptError as error:
-        text = Text.assemble(("error:", "red"), " ", str(error))
-        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+        _complain(str(error))
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        # What is still buffered would fail again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _complain(f"the output could not be written: {error}")
+        sys.exit(1)
+
+
+def _complain(message: str) -> None:
+    text = Text.assemble(("error:", "red"), " ", message)
+    Console(stderr=True).print(text, highlight=False, soft_wrap=True)

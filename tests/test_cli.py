@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 import graphopt
 from graphopt import cli
+from graphopt.errors import UnsupportedError
 from graphopt.models import load
 
 runner = CliRunner()
@@ -250,3 +252,49 @@ def test_errors_are_one_line_and_status_2(
     error = error[error.index("error:") :]
     # Lines are wrapped at the width of the terminal.
     assert message.replace(" ", "") in error.replace("\n", "").replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("model = (\n", "is no Python"),
+        ("\nraise ValueError('no weights')\n", "raised ValueError at line 2: no weights"),
+        ("import no_such_module\n", "raised ModuleNotFoundError at line 1"),
+    ],
+)
+def test_bisect_of_a_script_that_fails(script: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "case.py"
+    path.write_text(script)
+    with pytest.raises(UnsupportedError, match=message):
+        runner.invoke(cli.app, ["bisect", str(path)], catch_exceptions=False)
+
+
+def test_a_prompt_that_is_no_text(folder: Path) -> None:
+    with pytest.raises(UnsupportedError, match="not valid UTF-8 at character 2"):
+        runner.invoke(cli.app, ["generate", str(folder), "ab\udcff"], catch_exceptions=False)
+
+
+def test_a_terminal_without_columns_still_shows_something() -> None:
+    done = runner.invoke(cli.app, ["passes"], env={"COLUMNS": "0"})
+    assert done.exit_code == 0
+    assert "insert_kv_cache" in done.output
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_on_a_full_disk_is_one_line() -> None:
+    command = "import sys; from graphopt.cli import main; sys.argv = ['graphopt', 'passes']; main()"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", command], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the output could not be written: ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("context", "length", "tokens"), [(512, 5, 128), (64, 5, 60), (8, 8, 1)])
+def test_the_default_number_of_tokens_is_what_the_context_leaves(
+    context: int, length: int, tokens: int
+) -> None:
+    program = graphopt.compile(tiny_llama(max_position_embeddings=context), backend="reference")
+    assert cli._fitting(program, [1] * length) == tokens
