@@ -213,7 +213,7 @@ class Program:
         """Write the program to a new or empty folder; see `graphopt.load_program`."""
         from graphopt.storage import save_program
 
-        save_program(self, Path(folder))
+        save_program(self, folder)
 
 
 def _prompts(prompts: Any) -> list[Any]:

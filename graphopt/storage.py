@@ -13,17 +13,21 @@ Loading checks every hash before anything is read.
 
 from __future__ import annotations
 
+import glob
 import json
+import re
 import shutil
-import tempfile
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -46,6 +50,7 @@ from graphopt.report import Report
 from graphopt.trace import read_trace
 
 REPORT, TRACE = "report.json", "trace"
+_YOUNG_SECONDS = 60
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -68,33 +73,64 @@ def is_program(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def save_program(program: Program, folder: Path) -> None:
+def save_program(program: Program, folder: str | Path) -> None:
     """Write `program` to `folder`, which must be new or empty.
 
     Everything is written beside it first and renamed at the end: an interrupted save leaves no
-    half program. Raises ProgramFormatError for a folder that holds something or cannot be written,
+    half program, and what a killed one left is removed by the next save to that place. Modes are
+    those that the umask gives. Raises ProgramFormatError for a folder that holds something or cannot be written,
     and for weights of a kind that a program cannot store.
     """
+    path = _as_path(folder)
     weights = _storable(program)
     try:
-        _save(program, weights, folder)
+        _save(program, weights, path)
     except (OSError, SafetensorError) as error:
-        raise ProgramFormatError(f"{folder} could not be written: {error}") from error
+        raise ProgramFormatError(f"{path} could not be written: {error}") from error
+
+
+def _as_path(folder: Any) -> Path:
+    if not isinstance(folder, (str, Path)) or "\0" in str(folder) or not str(folder):
+        raise ProgramFormatError(f"{folder!r} is no folder; give its path as text or a Path")
+    return Path(folder)
 
 
 def _save(program: Program, weights: dict[str, Tensor], folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ProgramFormatError(f"{folder} exists and is not an empty folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    _remove_leftovers(folder)
+    scratch = folder.parent / f".{folder.name}-{uuid4().hex[:12]}"
+    scratch.mkdir()
     try:
-        _write(program, weights, scratch)
-        if folder.exists():
-            folder.rmdir()
-        scratch.rename(folder)
+        with FileLock(_lock_of(scratch)):
+            _write(program, weights, scratch)
+            # safetensors writes for the owner alone, whatever the umask.
+            (scratch / WEIGHTS).chmod(scratch.stat().st_mode & 0o666)
+            if folder.exists():
+                folder.rmdir()
+            scratch.rename(folder)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+    finally:
+        _lock_of(scratch).unlink(missing_ok=True)
+
+
+def _lock_of(scratch: Path) -> Path:
+    """Held while somebody writes to `scratch`."""
+    return scratch.with_name(f"{scratch.name}.lock")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Folders of saves to `folder` that nobody is writing any more."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}-*"):
+        is_ours = re.fullmatch(r"[0-9a-f]{12}", left.name.rpartition("-")[2])
+        # A younger one may not have its lock yet.
+        if is_ours and time.time() - left.stat().st_mtime > _YOUNG_SECONDS:
+            with suppress(OSError, Timeout), FileLock(_lock_of(left), timeout=0):
+                shutil.rmtree(left, ignore_errors=True)
+                _lock_of(left).unlink(missing_ok=True)
 
 
 def _storable(program: Program) -> dict[str, Tensor]:
@@ -149,7 +185,7 @@ def load_program(
     Raises ProgramFormatError when a file is missing, altered, unlisted or unreadable.
     """
     started = time.perf_counter()
-    path = Path(folder)
+    path = _as_path(folder)
     manifest = read_manifest(path)
     options = manifest.options
     if backend is not None:
@@ -180,8 +216,9 @@ def load_report(folder: str | Path) -> Report:
     Empty for a program that was saved before reports were. Raises ProgramFormatError as
     `load_program` does.
     """
-    read_manifest(Path(folder))
-    return _read_report(Path(folder))
+    path = _as_path(folder)
+    read_manifest(path)
+    return _read_report(path)
 
 
 def _text(file: Path) -> str:
