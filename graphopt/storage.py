@@ -78,8 +78,8 @@ def save_program(program: Program, folder: str | Path) -> None:
 
     Everything is written beside it first and renamed at the end: an interrupted save leaves no
     half program, and what a killed one left is removed by the next save to that place. Modes are
-    those that the umask gives. Raises ProgramFormatError for a folder that holds something or cannot be written,
-    and for weights of a kind that a program cannot store.
+    those that the umask gives. Raises ProgramFormatError for what is no path, a folder that holds
+    something or cannot be written, and for weights of a kind that a program cannot store.
     """
     path = _as_path(folder)
     weights = _storable(program)
