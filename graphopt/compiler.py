@@ -115,6 +115,8 @@ def compile(
             graph = source.copy()
         else:
             graph = capture(source, example, dynamic=dynamic)
+    for note in graph.notes:
+        report.note(note)
 
     serving_graph, refusal = None, None
     try:

@@ -13,10 +13,13 @@ from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
 from graphopt.capture.bounds import export_module, limits_of
+from graphopt.capture.capturable import check_capturable
 from graphopt.capture.export import graph_from_exported
 from graphopt.capture.hf import attention_hooks
+from graphopt.capture.hf_probe import difference_found
 from graphopt.capture.mask_marker import take_out
 from graphopt.capture.source import ModelSource
+from graphopt.capture.untouched import check_forgets, each_run_untouched, untouched
 from graphopt.errors import CaptureError
 from graphopt.ir.graph import Graph
 from graphopt.ops.registry import load_all
@@ -62,8 +65,7 @@ def capture(
             f"cannot capture a {type(module).__name__}; give an nn.Module, an ExportedProgram "
             "or what graphopt.models.load returned"
         )
-    if module.training:
-        raise CaptureError("the model is in training mode; call model.eval() first")
+    check_capturable(module)
     call = _bind(module, example)
     # torch.export takes one tensor given twice for one input.
     call = {n: v.clone() if isinstance(v, Tensor) else v for n, v in call.items()}
@@ -73,8 +75,9 @@ def capture(
     if isinstance(module, PreTrainedModel) and "use_cache" in _parameters(module):
         call.setdefault("use_cache", False)
     axes = _axes(tensors, dynamic)
-    with _materialised(module), torch.no_grad():
-        graph = _graph(module, _in_order(module, call), axes, strict, source.name)
+    call = _in_order(module, call)
+    with untouched(module), _materialised(module), torch.no_grad():
+        graph = _graph(module, call, axes, strict, source.name)
     for name in list(graph.weights):
         if name in source.packed:
             graph.packed[name] = source.packed[name]
@@ -89,24 +92,40 @@ def _graph(
     strict: bool,
     name: str,
 ) -> Graph:
-    """Export; a transformers model with graphopt as its attention, unless its layers do not go
-    through transformers' attention interface: then as it is."""
-
-    def exported() -> Graph:
-        program = export_module(module, call, axes, strict, name)
-        graph = graph_from_exported(program, name)
-        graph.symbols.update(_symbol_names(graph, axes))
-        graph.limits.update(limits_of(program, graph.symbols))
+    """Export; a transformers model with graphopt as its attention, unless that cannot be said or
+    something reads what graphopt put in: then as it is, with a note."""
+    if not isinstance(module, PreTrainedModel) or strict:
+        return _exported(module, call, axes, strict, name)
+    try:
+        with attention_hooks(module, isinstance(call.get("position_ids"), Tensor)) as layers:
+            graph = _exported(module, call, axes, strict, name)
+        reason = take_out(graph) or difference_found(layers.calls)
+    except CaptureError as error:
+        reason = str(error)
+    if reason is None:
         return graph
+    graph = _exported(module, call, axes, strict, name)
+    first_line = reason.partition("\n")[0]
+    graph.notes = (*graph.notes, f"attention is captured as the model computes it: {first_line}")
+    return graph
 
-    if not isinstance(module, PreTrainedModel):
-        return exported()
-    with contextlib.suppress(CaptureError):
-        with attention_hooks(module, isinstance(call.get("position_ids"), Tensor)):
-            graph = exported()
-        if take_out(graph) is None:
-            return graph
-    return exported()
+
+def _exported(
+    module: nn.Module,
+    call: Mapping[str, Any],
+    axes: Mapping[str, Mapping[int, str]],
+    strict: bool,
+    name: str,
+) -> Graph:
+    # TorchDynamo keeps the state apart itself, and would trace the keeping.
+    runs = contextlib.nullcontext([]) if strict else each_run_untouched(module)
+    with runs as changes:
+        program = export_module(module, call, axes, strict, name)
+    graph = graph_from_exported(program, name)
+    check_forgets(module, call, changes)
+    graph.symbols.update(_symbol_names(graph, axes))
+    graph.limits.update(limits_of(program, graph.symbols))
+    return graph
 
 
 def _refuse_options(example: Example | None, dynamic: Dynamic | bool, strict: bool) -> None:

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
+from graphopt.capture.outputs import outputs_of
 from graphopt.errors import CaptureError
 from graphopt.ir.clean import remove_dead
 from graphopt.ir.graph import Graph, InputSpec, graph_module, value_name
@@ -62,7 +63,7 @@ def graph_from_exported(
     """Turn an ExportedProgram into a `Graph`.
 
     symbol_names: expression of a symbolic size -> readable name.
-    Raises CaptureError for mutated buffers or inputs, higher-order ops and non-tensor outputs.
+    Raises CaptureError for mutated buffers or inputs, higher-order ops and outputs that are neither tensors nor None.
     """
     program = functional(program)
     signature = program.graph_signature
@@ -83,8 +84,11 @@ def graph_from_exported(
                 if target in program.state_dict
                 else program.constants[target]
             )
-            if not isinstance(data, Tensor):
-                raise CaptureError(f"weight {target} is a {type(data).__name__}, not a tensor")
+            if type(data) not in (Tensor, nn.Parameter, nn.Buffer):
+                raise CaptureError(
+                    f"weight {target} is a {type(data).__name__}; graphopt takes plain tensors: "
+                    "dequantize or replace it first, or load quantized weights from a GGUF file"
+                )
             # Tied weights become one weight, under the first name.
             shared = first_name.setdefault(id(data), target)
             weights.setdefault(shared, data.detach())
@@ -93,6 +97,7 @@ def graph_from_exported(
             raise CaptureError(f"graph input {input_spec.arg.name} of kind {input_spec.kind.name}")
 
     new = fx.Graph()
+    notes: tuple[str, ...] = ()
     mapping: dict[fx.Node, Any] = {}
     weight_nodes: dict[str, fx.Node] = {}
     inputs: list[InputSpec] = []
@@ -111,7 +116,8 @@ def graph_from_exported(
                 # A Python constant (use_cache=False): its value was burnt into the graph.
                 continue
         elif node.op == "output":
-            made = new.output(tuple(_flat_outputs(node, mapping)))
+            outputs, notes = outputs_of(program, mapping)
+            made = new.output(outputs)
         elif node.op == "call_function":
             module = str(getattr(node.target, "__module__", ""))
             is_op = isinstance(node.target, torch._ops.OpOverload)
@@ -142,6 +148,7 @@ def graph_from_exported(
         tuple(inputs),
         weights,
         symbols=dict(symbol_names or {}),
+        notes=notes,
     )
     remove_dead(graph)
     _number(graph)
@@ -154,15 +161,3 @@ def _number(graph: Graph) -> None:
         if node.op == "call_function":
             node.meta["number"] = graph.take_number()
         node.meta["history"] = frozenset([value_name(node)])
-
-
-def _flat_outputs(node: fx.Node, mapping: Mapping[fx.Node, fx.Node]) -> list[fx.Node]:
-    outputs = []
-    (values,) = node.args
-    assert isinstance(values, (tuple, list))
-    for value in values:
-        if isinstance(value, fx.Node):
-            outputs.append(mapping[value])
-        elif value is not None:
-            raise CaptureError(f"the model returns {value!r}; only tensors can be graph outputs")
-    return outputs

@@ -1,8 +1,10 @@
-"""The marker around masks that capture makes in place of transformers' own.
+"""Markers around what capture hands to a transformers model in place of its own values.
 
-Such a mask `[B, T]` says only which keys are padding; its causality and window travel beside it as
-attributes, so nothing but `graphopt::attention` may read it. The marker op makes it findable in
-the captured graph, where `take_out` checks every reader.
+A mask `[B, T]` says only which keys are padding; its causality and window travel beside it as
+attributes, so nothing but `graphopt::attention` may read it; and it may have been made on the
+condition that positions are 0, 1, 2 and so on. Attention weights `[B, H, S, T]` are not computed at
+all, so nothing may read them. The marker ops make both findable in the captured graph, where
+`take_out` checks every reader.
 """
 
 from __future__ import annotations
@@ -13,37 +15,63 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir.clean import remove_dead
-from graphopt.ir.graph import Graph, argument, is_call
+from graphopt.ir.graph import Graph, argument, is_call, where
 from graphopt.ops import attention
 
-# torch leaves these three methods untyped. The library is process-wide because torch's is.
+# torch leaves these methods untyped. The library is process-wide because torch's is.
 _LIBRARY: Any = torch.library.Library("graphopt_capture", "DEF")  # type: ignore[no-untyped-call]
-_LIBRARY.define("mask(Tensor visible_BT) -> Tensor")
-_LIBRARY.impl("mask", torch.clone, "CompositeExplicitAutograd")
-torch.library.register_fake("graphopt_capture::mask", torch.empty_like, lib=_LIBRARY)
+_LIBRARY.define("mask(Tensor visible_BT, Tensor? positions=None) -> Tensor")
+_LIBRARY.define("weights(Tensor q_BHSD, Tensor k_BGTD) -> Tensor")
+
+
+def _mask(visible_BT: Tensor, positions: Tensor | None = None) -> Tensor:
+    return torch.clone(visible_BT)
+
+
+def _weights(q_BHSD: Tensor, k_BGTD: Tensor) -> Tensor:
+    sizes = (*q_BHSD.shape[:3], k_BGTD.shape[2])
+    return torch.full(sizes, float("nan"), dtype=q_BHSD.dtype, device=q_BHSD.device)
+
+
+for _name, _function in (("mask", _mask), ("weights", _weights)):
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"graphopt_capture::{_name}", _function, lib=_LIBRARY)
 MASK = torch.ops.graphopt_capture.mask.default
+WEIGHTS = torch.ops.graphopt_capture.weights.default
+aten = torch.ops.aten
 
 
-def mark(visible_BT: Tensor) -> Tensor:
-    """A copy, through the marker op."""
-    marked: Tensor = MASK(visible_BT)
+def mark(visible_BT: Tensor, positions: Tensor | None = None) -> Tensor:
+    """A copy, through the marker op. positions: must be an iota for the mask to be right."""
+    marked: Tensor = MASK(visible_BT, positions)
     return marked
 
 
-def take_out(graph: Graph) -> fx.Node | None:
+def weights_of(q_BHSD: Tensor, k_BGTD: Tensor) -> Tensor:
+    """`[B, H, S, T]`: stands for attention weights that nobody may read."""
+    marked: Tensor = WEIGHTS(q_BHSD, k_BGTD)
+    return marked
+
+
+def take_out(graph: Graph) -> str | None:
     """Let attention read the masks without their marker.
 
-    Returns the first node that reads a marked mask as anything else than padding of attention; the
-    graph is then left as it was, and what it computes is wrong.
+    Returns why that would be wrong: a reader of a mask other than attention, a reader of attention
+    weights, positions that are no iota. The graph is then of no use.
     """
+    remove_dead(graph)
+    for weights in graph.calls(WEIGHTS):
+        return f"the model uses attention weights, from {where(weights)}"
     markers = graph.calls(MASK)
     for marker in markers:
         for user in marker.users:
             if not _is_padding_of(marker, user):
-                return user
+                return f"the model reads its mask in {where(user)}"
+        positions = argument(marker, "positions")
+        if positions is not None and not _is_iota(positions):
+            return f"positions are made by {where(positions)}, and packed sequences follow them"
     for marker in markers:
-        (operand,) = marker.all_input_nodes
-        marker.replace_all_uses_with(operand)
+        marker.replace_all_uses_with(argument(marker, "visible_BT"))
     remove_dead(graph)
     return None
 
@@ -52,3 +80,26 @@ def _is_padding_of(marker: fx.Node, user: fx.Node) -> bool:
     if not is_call(user, attention.SPEC.overload) or argument(user, "pad_BT") is not marker:
         return False
     return [*user.args, *user.kwargs.values()].count(marker) == 1
+
+
+def _is_iota(node: Any) -> bool:
+    """Whether it is `arange(n)`, only viewed, repeated along other axes or shifted by zero."""
+    views = (
+        *(aten.unsqueeze.default, aten.expand.default, aten.view.default, aten.alias.default),
+        *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default),
+        *(aten.clone.default, aten.detach.default, aten.contiguous.default),
+    )
+    while isinstance(node, fx.Node):
+        if is_call(node, aten.arange.default):
+            return True
+        if is_call(node, aten.arange.start):
+            return bool(argument(node, "start") == 0)
+        if is_call(node, aten.arange.start_step):
+            return bool(argument(node, "start") == 0 and argument(node, "step") == 1)
+        if is_call(node, aten.add.Tensor):
+            if argument(node, "other") != 0:
+                return False
+        elif not is_call(node, *views):
+            return False
+        (node,) = node.all_input_nodes[:1]
+    return False

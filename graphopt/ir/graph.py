@@ -67,6 +67,9 @@ class Graph:
     limits: dict[str, int] = field(default_factory=dict)
     """Name of a symbolic size ("sequence") -> the largest value that capture found the model to
     take. Copies keep it, the textual form does not."""
+    notes: tuple[str, ...] = ()
+    """What capture has to say about it: outputs that are None, attention taken as the model
+    computes it. Kept like `limits`."""
 
     @property
     def fx_graph(self) -> fx.Graph:
@@ -116,6 +119,7 @@ class Graph:
             self.records,
             self.next_number,
             dict(self.limits),
+            self.notes,
         )
 
     def take_number(self) -> int:

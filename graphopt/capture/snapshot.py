@@ -1,0 +1,318 @@
+"""What hangs on a module, by identity, and the way back to it.
+
+A `Snapshot` holds the attributes of every submodule (parameters, buffers, hooks and modes are
+attributes), the containers and plain objects behind them, the class attributes and file globals
+that hold tensors, and, where asked, the contents of small tensors that are no parameters. Weights
+are never copied: they are compared by identity.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import types
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LARGEST_COPY = 2**20
+"""Elements of the largest tensor, no parameter, whose contents are kept."""
+
+_ATOMS = (
+    *(str, bytes, int, float, complex, type(None), Enum, types.ModuleType, types.MethodType),
+    *(torch.dtype, torch.device, torch.Size, torch.SymInt, torch.SymFloat, torch.SymBool),
+)
+_NUMBERS = (int, float, complex, torch.SymInt, torch.SymFloat)
+_SLOT = types.MemberDescriptorType
+_MISSING = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One attribute or item that was rebound. path: where it is ("layers.0.cos"); before, after:
+    what it was and became, a private marker where it was not there."""
+
+    path: str
+    before: Any
+    after: Any
+
+    @property
+    def is_state(self) -> bool:
+        """Whether a later call could compute something else because of it: a tensor or a number,
+        also within containers, that was not there before."""
+        if isinstance(self.before, _NUMBERS) and type(self.before) is type(self.after):
+            return bool(self.before != self.after)
+        return any(_holds(value, (Tensor, *_NUMBERS)) for value in (self.before, self.after))
+
+
+class Snapshot:
+    """The state of `root` and of what it reaches.
+
+    with_contents: also what tensors hold, their versions and whether they ask for gradients.
+    """
+
+    def __init__(self, root: nn.Module, with_contents: bool = False) -> None:
+        # Values are kept, so that no other object gets the address of one.
+        self._seen: dict[int, Any] = {}
+        self._holders: list[tuple[str, Any, Any]] = []
+        self._scopes: list[tuple[_Scope, dict[str, Any]]] = []
+        self._tensors: list[_TensorState] = []
+        self._generators: list[tuple[torch.Generator, Tensor]] = []
+        self._caches: list[tuple[Any, int]] = []
+        self._with_contents = with_contents
+        self._walk(root)
+
+    def restore(self) -> list[Change]:
+        """Put everything back; what had been rebound on the module and on what hangs on it."""
+        changes: list[Change] = []
+        for path, holder, before in self._holders:
+            now = _contents(holder)
+            if not _same(before, now):
+                changes += _differences(path, before, now)
+                _refill(holder, before)
+        for scope, names in self._scopes:
+            scope.restore(names)
+        for tensor in self._tensors:
+            tensor.restore()
+        for generator, state in self._generators:
+            generator.set_state(state)
+        for cache, misses in self._caches:
+            # What fell in while tracing cannot be told from what was there.
+            if cache.cache_info().misses != misses:
+                cache.cache_clear()
+        return changes
+
+    def _walk(self, root: nn.Module) -> None:
+        todo: list[tuple[str, Any]] = [("", root)]
+        while todo:
+            path, value = todo.pop()
+            if isinstance(value, _ATOMS) or id(value) in self._seen:
+                continue
+            self._seen[id(value)] = value
+            if isinstance(value, Tensor):
+                if self._with_contents:
+                    self._tensors.append(_TensorState(value))
+            elif isinstance(value, torch.Generator):
+                self._generators.append((value, value.get_state()))
+            elif isinstance(value, tuple):
+                todo += [(f"{path}[{i}]", item) for i, item in enumerate(value)]
+            elif _is_cache(value):
+                self._caches.append((value, value.cache_info().misses))
+            elif not isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+                todo += self._inside(path, value)
+
+    def _inside(self, path: str, value: Any) -> list[tuple[str, Any]]:
+        """Note a container or an object; what is in it."""
+        inside: list[tuple[str, Any]] = []
+        contents = _contents(value)
+        if contents is not None:
+            self._holders.append((path, value, contents))
+            inside += _items(path, contents)
+        attributes = getattr(value, "__dict__", None)
+        if isinstance(attributes, dict):
+            self._seen[id(attributes)] = attributes
+            before = dict(attributes)
+            self._holders.append((path, attributes, before))
+            inside += _attributes(path, value, before)
+        slots = _Slots(value)
+        if slots.names:
+            before = slots.read()
+            self._holders.append((path, slots, before))
+            inside += _attributes(path, value, before)
+        if slots.names or isinstance(attributes, dict):
+            inside += self._scopes_of(type(value))
+        return inside
+
+    def _scopes_of(self, kind: type) -> list[tuple[str, Any]]:
+        """Note the attributes of a class and the globals of its file; the containers in them."""
+        inside: list[tuple[str, Any]] = []
+        files = [cls.__module__ for cls in kind.__mro__]
+        owners: list[Any] = [cls for cls in kind.__mro__ if not _is_library(cls.__module__)]
+        while files:
+            file = sys.modules.get(files.pop())
+            if file is None or _is_library(file.__name__) or id(file) in self._seen:
+                continue
+            self._seen[id(file)] = file
+            owners.append(file)
+            functions = (v for v in vars(file).values() if isinstance(v, types.FunctionType))
+            files += [function.__module__ for function in functions]
+        for owner in owners:
+            if isinstance(owner, type):
+                if id(owner) in self._seen:
+                    continue
+                self._seen[id(owner)] = owner
+            names = dict(vars(owner))
+            self._scopes.append((_Scope(owner), names))
+            for name, value in names.items():
+                if type(value) in (dict, list, set, OrderedDict, deque) or (
+                    isinstance(value, Tensor) or _is_cache(value)
+                ):
+                    inside.append((f"{owner.__name__}.{name}", value))
+        return inside
+
+
+class _Slots:
+    """The attributes of an object that have no dict behind them."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+        found = [vars(cls).get("__slots__", ()) for cls in type(owner).__mro__]
+        names = {name for slots in found for name in ([slots] if isinstance(slots, str) else slots)}
+        # Private names are mangled, and a C type's slots are no attributes: ask the type.
+        self.names = sorted(
+            name
+            for name in names
+            if isinstance(inspect.getattr_static(type(owner), name, None), _SLOT)
+        )
+
+    def read(self) -> dict[str, Any]:
+        values = {name: getattr(self._owner, name, _MISSING) for name in self.names}
+        return {name: value for name, value in values.items() if value is not _MISSING}
+
+    def write(self, before: dict[str, Any]) -> None:
+        for name, value in before.items():
+            object.__setattr__(self._owner, name, value)
+        for name in set(self.read()) - set(before):
+            object.__delattr__(self._owner, name)
+
+
+class _Scope:
+    """A class or a file. Other threads and lazy imports write there too, so only names that came
+    to hold tensors are put back."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+
+    def restore(self, before: dict[str, Any]) -> None:
+        for name, value in list(vars(self._owner).items()):
+            if value is before.get(name, _MISSING) or not _holds(value, (Tensor, torch.SymInt)):
+                continue
+            if name in before:
+                setattr(self._owner, name, before[name])
+            else:
+                delattr(self._owner, name)
+
+
+class _TensorState:
+    """A tensor's flags, and its contents where they are small and no weight."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._requires_grad = tensor.requires_grad
+        self._version = _version(tensor)
+        is_small = tensor.numel() <= LARGEST_COPY and not isinstance(tensor, nn.Parameter)
+        has_data = tensor.device.type != "meta" and type(tensor) is Tensor
+        self._copy = tensor.detach().clone() if is_small and has_data else None
+
+    def restore(self) -> None:
+        if self._tensor.is_leaf and self._tensor.requires_grad != self._requires_grad:
+            self._tensor.requires_grad_(self._requires_grad)
+        if self._copy is not None and _version(self._tensor) != self._version:
+            with torch.no_grad():
+                self._tensor.copy_(self._copy)
+
+
+def _version(tensor: Tensor) -> int:
+    # Inference tensors do not count; they cannot be written to outside inference mode either.
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _is_cache(value: Any) -> bool:
+    return isinstance(value, functools._lru_cache_wrapper)
+
+
+def _is_library(module: str) -> bool:
+    package = module.partition(".")[0]
+    if package == "transformers":
+        return not module.startswith("transformers.models.")
+    return package in ("torch", "numpy", "graphopt") or package in sys.stdlib_module_names
+
+
+def _contents(value: Any) -> Any:
+    """A shallow copy of what a container holds; None for anything else."""
+    if isinstance(value, _Slots):
+        return value.read()
+    if isinstance(value, dict):
+        return dict(value)
+    if isinstance(value, (list, deque)):
+        return list(value)
+    if isinstance(value, set):
+        return set(value)
+    return None
+
+
+def _items(path: str, contents: Any) -> list[tuple[str, Any]]:
+    if isinstance(contents, dict):
+        return [(f"{path}[{key!r}]", value) for key, value in contents.items()]
+    return [(f"{path}[{i}]", value) for i, value in enumerate(contents)]
+
+
+_MEMBERS = ("_parameters", "_buffers", "_modules")
+
+
+def _attributes(path: str, owner: Any, attributes: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The attributes' values with their paths; those of parameters, buffers and submodules."""
+    start = f"{path}." if path else ""
+    is_module = isinstance(owner, nn.Module)
+    return [
+        (path if is_module and name in _MEMBERS else f"{start}{name}", value)
+        for name, value in attributes.items()
+    ]
+
+
+def _same(before: Any, now: Any) -> bool:
+    if isinstance(before, dict):
+        return len(before) == len(now) and all(
+            a is b and v is w for (a, v), (b, w) in zip(before.items(), now.items(), strict=True)
+        )
+    if isinstance(before, list):
+        return len(before) == len(now) and all(map(_is, before, now))
+    return {id(item) for item in before} == {id(item) for item in now}
+
+
+def _is(a: Any, b: Any) -> bool:
+    return a is b
+
+
+def _differences(path: str, before: Any, now: Any) -> list[Change]:
+    if isinstance(before, set):
+        return [Change(path, before, now)]
+    if isinstance(before, list):
+        before, now = dict(enumerate(before)), dict(enumerate(now))
+    start = f"{path}." if path else ""
+    return [
+        Change(f"{start}{key}", before.get(key, _MISSING), now.get(key, _MISSING))
+        for key in {**before, **now}
+        if before.get(key, _MISSING) is not now.get(key, _MISSING)
+    ]
+
+
+def _refill(holder: Any, contents: Any) -> None:
+    if isinstance(holder, _Slots):
+        holder.write(contents)
+        return
+    holder.clear()
+    if isinstance(holder, (dict, set)):
+        holder.update(contents)
+    else:
+        holder.extend(contents)
+
+
+def _holds(value: Any, kinds: tuple[type, ...], depth: int = 4) -> bool:
+    """Whether it is one of `kinds` (a bool is no number), or a container with one."""
+    if isinstance(value, kinds):
+        return not isinstance(value, bool)
+    if not depth:
+        return False
+    inside: Iterable[Any] = ()
+    if isinstance(value, dict):
+        inside = value.values()
+    elif isinstance(value, (list, tuple, set, deque)):
+        inside = value
+    return any(_holds(item, kinds, depth - 1) for item in inside)

@@ -1,0 +1,124 @@
+"""The user's model after capture is the model before it, whatever happens in between.
+
+Tracing runs `forward` on fake tensors, and a forward may keep what it computes: in buffers, plain
+attributes, a cache in a dict, a configuration, a class attribute, a global of its file or a
+function with `functools.lru_cache`. `untouched` puts all of it back, and what lies around the
+model: the random states of torch, Python and numpy, grad mode, autocast and the default dtype.
+`each_run_untouched` does the same for every single run, and `check_forgets` refuses a model whose
+outputs depend on what it kept.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from graphopt.capture.snapshot import Change, Snapshot
+from graphopt.errors import CaptureError
+
+
+@contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """Within, `module` may be run and traced at will; afterwards it is bitwise what it was."""
+    snapshot = Snapshot(module, with_contents=True)
+    with _surroundings():
+        try:
+            yield
+        finally:
+            snapshot.restore()
+
+
+@contextmanager
+def _surroundings() -> Iterator[None]:
+    """Put back the process-wide state that a forward may change."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    numpy = sys.modules.get("numpy")
+    python_state = random.getstate()
+    numpy_state = None if numpy is None else numpy.random.get_state()
+    default_dtype = torch.get_default_dtype()
+    autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
+    is_grad_enabled = torch.is_grad_enabled()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+        torch.set_default_dtype(default_dtype)
+        for kind, is_enabled in autocast.items():
+            torch.set_autocast_enabled(kind, is_enabled)
+        torch.set_grad_enabled(is_grad_enabled)
+
+
+@contextmanager
+def each_run_untouched(module: nn.Module) -> Iterator[list[Change]]:
+    """Within, every run of `module.forward` starts from the same state.
+
+    torch.export runs forward more than once; what the first run kept would be read by the next.
+    The list is filled with what the last run had rebound.
+    """
+    changes: list[Change] = []
+    original = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        snapshot = Snapshot(module)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            changes[:] = snapshot.restore()
+
+    forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    previous = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield changes
+    finally:
+        del module.__dict__["forward"]
+        if previous is not None:
+            module.__dict__["forward"] = previous
+
+
+def check_forgets(module: nn.Module, call: Mapping[str, Any], changes: Sequence[Change]) -> None:
+    """Refuse a model that computes something else because of what an earlier call kept.
+
+    changes: what a run of forward rebinds. Runs the model twice on `call` where one of them could
+    matter; a model without data (on the meta device) is taken at its word.
+    Raises CaptureError.
+    """
+    kept = [change for change in changes if change.is_state]
+    is_meta = any(t.device.type == "meta" for t in (*module.parameters(), *module.buffers()))
+    if not kept or is_meta:
+        return
+    snapshot = Snapshot(module, with_contents=True)
+    try:
+        with torch.no_grad():
+            first = _tensors(module(**call))
+            second = _tensors(module(**call))
+    finally:
+        snapshot.restore()
+    if len(first) != len(second) or not all(map(_equal, first, second)):
+        names = ", ".join(dict.fromkeys(change.path for change in kept))
+        raise CaptureError(
+            f"the model changes its state: forward sets {names}, and computes something else the "
+            "next time; graphopt captures pure forwards: take the state as an argument and "
+            "return it"
+        )
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf.clone() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    return torch.allclose(first, second, rtol=1e-5, atol=1e-6, equal_nan=True)
