@@ -15,11 +15,11 @@ from graphopt.codegen.cpu.backend import select
 from graphopt.config import Config
 from graphopt.dump import Dump, DumpWriter, as_dump
 from graphopt.edit import Edit, EditAfter
-from graphopt.errors import UnsupportedError
+from graphopt.errors import RequestError, UnsupportedError, WeightFormatError
 from graphopt.expectations import check_counts, check_names
 from graphopt.inputs import input_types, longest_sequence
 from graphopt.ir.graph import Graph
-from graphopt.models import end_token_ids, load
+from graphopt.models import GenerationDefaults, end_token_ids, generation_defaults, load
 from graphopt.numerics import NumericsCheck
 from graphopt.options import (
     SERVING_PASS,
@@ -32,6 +32,7 @@ from graphopt.options import (
 from graphopt.passes.manager import Instrument, PassManager
 from graphopt.program import Program, ProgramOptions
 from graphopt.report import Rejection, Report, grouped
+from graphopt.runtime.request import sampling_from_plain
 from graphopt.trace import TraceRecorder
 
 Serving = Literal["auto", "required", "off"]
@@ -110,6 +111,9 @@ def compile(
 
     with report.timed("load"):
         source = load(model) if isinstance(model, str) else model
+    defaults = _generation_defaults(source)
+    for text in defaults.notes:
+        report.note_model(text)
     with report.timed("capture"):
         if isinstance(source, Graph):
             graph = source.copy()
@@ -141,7 +145,7 @@ def compile(
             report.note(_why_not_int8(report))
 
         with report.timed("lower"):
-            options = _program_options(source, graph, backend, kv_dtype)
+            options = _program_options(source, defaults, graph, backend, kv_dtype)
             tokenizer = source.tokenizer if isinstance(source, ModelSource) else None
             if isinstance(model, str):
                 # Nobody else holds the loaded module: let its weights go as they are packed.
@@ -186,14 +190,29 @@ def _why_not_int8(report: Report) -> str:
     return f"activations='int8' changed nothing: {why}"
 
 
-def _program_options(source: Any, graph: Graph, backend: str, kv_dtype: str) -> ProgramOptions:
+def _generation_defaults(source: Any) -> GenerationDefaults:
+    if isinstance(source, ModelSource):
+        return GenerationDefaults(source.sampling, source.notes)
+    return generation_defaults(source)
+
+
+def _program_options(
+    source: Any, defaults: GenerationDefaults, graph: Graph, backend: str, kv_dtype: str
+) -> ProgramOptions:
     described = source if isinstance(source, ModelSource) else None
+    try:
+        sampling = sampling_from_plain(defaults.settings)
+    except RequestError as error:
+        raise WeightFormatError(
+            f"the generation configuration of {graph.name} has a value of another kind: {error}"
+        ) from error
     return ProgramOptions(
         name=graph.name,
         backend=backend,
         kv_dtype=kv_dtype,
         max_context=_max_context(source, graph),
         eos_token_ids=described.eos_token_ids if described else end_token_ids(source),
+        default_sampling=sampling,
     )
 
 

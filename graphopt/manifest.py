@@ -1,7 +1,7 @@
 """manifest.json of a saved program: what is in it, and that every file is what it says.
 
 {"format": 1, "graphopt": ..., "torch": ...,
- "options": {name, backend, kv_dtype, max_context, eos_token_ids},
+ "options": {name, backend, kv_dtype, max_context, eos_token_ids, default_sampling},
  "limits": {name of a symbolic size: the largest the forward takes},
  "serving": true when there is a serving.gir, "refusal": why there is none, or null,
  "files": {path: sha256}}
@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 import graphopt
-from graphopt.errors import ProgramFormatError
+from graphopt.errors import ProgramFormatError, RequestError
 from graphopt.program import KV_DTYPES, Program, ProgramOptions
 from graphopt.report import Rejection
+from graphopt.runtime.request import sampling_from_plain
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -122,7 +123,13 @@ def _record(
     for field in fields(cls):
         if field.default is MISSING and field.name not in data:
             raise ProgramFormatError(f"{wrong}has no {field.name!r}")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+    return cls(**{k: _value(v) for k, v in data.items()})
+
+
+def _value(data: Any) -> Any:
+    if isinstance(data, list):
+        return tuple(data)
+    return sampling_from_plain(data) if isinstance(data, dict) else data
 
 
 def _sha256(path: Path) -> str:
@@ -142,6 +149,13 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_sampling(value: Any) -> bool:
+    try:
+        return _is_dict(value) and bool(sampling_from_plain(value))
+    except RequestError:
+        return False
+
+
 _OPTIONS: dict[str, Callable[[Any], bool]] = {
     "name": _is_str,
     "backend": _is_str,
@@ -150,5 +164,6 @@ _OPTIONS: dict[str, Callable[[Any], bool]] = {
     "eos_token_ids": lambda value: (
         isinstance(value, list) and all(_is_int(v) and v >= 0 for v in value)
     ),
+    "default_sampling": _is_sampling,
 }
 _REFUSAL: dict[str, Callable[[Any], bool]] = {field.name: _is_str for field in fields(Rejection)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -47,6 +47,7 @@ class ProgramOptions:
     """What a saved program must remember.
 
     backend: "cpu" or "reference". kv_dtype: a key of KV_DTYPES. max_context: tokens, or None.
+    default_sampling: how to choose tokens when nobody says otherwise; the model's own wishes.
     """
 
     name: str
@@ -54,6 +55,7 @@ class ProgramOptions:
     kv_dtype: str = "auto"
     max_context: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    default_sampling: SamplingParams = field(default_factory=SamplingParams)
 
 
 class Program:
@@ -149,7 +151,14 @@ class Program:
                     f"the engine has no option {name!r}; there are {', '.join(known)}"
                     + did_you_mean(name, known)
                 )
-        return Engine(self.executable, self.tokenizer, self.options.eos_token_ids, **options)
+        stated = self.options
+        return Engine(
+            self.executable,
+            self.tokenizer,
+            stated.eos_token_ids,
+            stated.default_sampling,
+            **options,
+        )
 
     def generate(
         self,
@@ -161,9 +170,11 @@ class Program:
 
         A prompt is a text, or token ids as a list, a tensor or an array of one dimension.
         Sampling settings come as `params` (one for all, or one a prompt) or as its fields
-        (`max_tokens=64, temperature=0.7`).
+        (`max_tokens=64, temperature=0.7`). Fields that are not given are those of
+        `options.default_sampling`, which a model's generation configuration sets; `params` are
+        taken as they are.
         """
-        chosen = sampling_params(params, sampling)
+        chosen = sampling_params(params, sampling, self.options.default_sampling)
         return self.engine().generate(_prompts(prompts), chosen)
 
     def stream(
@@ -172,8 +183,8 @@ class Program:
         params: SamplingParams | None = None,
         **sampling: Any,
     ) -> Iterator[TokenEvent]:
-        """Complete one prompt, token by token."""
-        chosen = sampling_params(params, sampling)
+        """Complete one prompt, token by token; sampling settings as for `generate`."""
+        chosen = sampling_params(params, sampling, self.options.default_sampling)
         return self.engine().stream(cast(Any, prompt), chosen)
 
     def chat_prompt(self, message: str) -> list[int]:

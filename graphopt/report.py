@@ -128,7 +128,8 @@ class NumericChange:
 class Report:
     """The record of one compilation: stages outside the passes in seconds, then the passes.
 
-    disabled: passes that the user turned off.
+    disabled: passes that the user turned off. notes: what a user should know; model_notes: those of
+    them that are about the model and its files, whatever machine compiles it.
     """
 
     passes: list[PassRecord] = field(default_factory=list)
@@ -136,6 +137,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     numerics: list[NumericChange] = field(default_factory=list)
     disabled: list[str] = field(default_factory=list)
+    model_notes: list[str] = field(default_factory=list)
 
     def sites(self, pass_name: str) -> int:
         """Number of rewrites a pass applied, over all its runs."""
@@ -157,11 +159,17 @@ class Report:
         self.notes.append(text)
         LOGGER.warning(text)
 
+    def note_model(self, text: str) -> None:
+        """A note that belongs to the model: a saved program keeps it."""
+        self.note(text)
+        self.model_notes.append(text)
+
     def to_dict(self) -> dict[str, Any]:
-        """What the passes did, in plain values. Seconds and notes, which belong to the machine
-        that compiled, are left out."""
+        """What the passes did, in plain values. Seconds and the other notes, which belong to the
+        machine that compiled, are left out."""
         return {
             "disabled": list(self.disabled),
+            "model_notes": list(self.model_notes),
             "numerics": [asdict(change) for change in self.numerics],
             "passes": [
                 {
@@ -188,6 +196,8 @@ class Report:
             ],
             disabled=list(data["disabled"]),
             numerics=[NumericChange(**change) for change in data.get("numerics", ())],
+            notes=list(data.get("model_notes", ())),
+            model_notes=list(data.get("model_notes", ())),
         )
 
     def table(self) -> Table:

@@ -5,7 +5,18 @@ what a user's own model looks like to the compiler. They are imported by their o
 """
 
 from graphopt.models.builtin import BUILTINS, DEFAULT_MODEL
-from graphopt.models.hf_folder import end_token_ids
+from graphopt.models.generation_config import (
+    GenerationDefaults,
+    end_token_ids,
+    generation_defaults,
+)
 from graphopt.models.load import load
 
-__all__ = ["BUILTINS", "DEFAULT_MODEL", "end_token_ids", "load"]
+__all__ = [
+    "BUILTINS",
+    "DEFAULT_MODEL",
+    "GenerationDefaults",
+    "end_token_ids",
+    "generation_defaults",
+    "load",
+]

@@ -25,6 +25,7 @@ from transformers import (
 from graphopt.capture.source import ModelSource
 from graphopt.config import Config
 from graphopt.errors import ModelNotFoundError, UnsupportedError, WeightFormatError
+from graphopt.models.generation_config import end_token_ids, generation_defaults
 
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -59,14 +60,20 @@ def load_folder(folder: Path, *, name: str, dtype: torch.dtype) -> ModelSource:
     """Load a local folder. Raises ModelNotFoundError, WeightFormatError, UnsupportedError."""
     _check_files(folder)
     config = _read_config(folder)
+    if (folder / "generation_config.json").is_file():
+        # transformers leaves a damaged one out without a word.
+        read_json(folder / "generation_config.json")
     tokenizer = _read_tokenizer(folder)
     module = _read_module(folder, config, dtype)
+    defaults = generation_defaults(module)
     return ModelSource(
         module=module.eval(),
         name=name,
         tokenizer=tokenizer,
         eos_token_ids=end_token_ids(module),
         dtype=dtype,
+        sampling=defaults.settings,
+        notes=defaults.notes,
     )
 
 
@@ -87,21 +94,29 @@ def _check_files(folder: Path) -> None:
     )
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises WeightFormatError for anything else."""
     try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     # UnicodeDecodeError and JSONDecodeError are both of this kind.
     except ValueError as error:
-        raise WeightFormatError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
+        raise WeightFormatError(f"{path} is not valid JSON: {error}") from error
     except OSError as error:
-        raise WeightFormatError(f"{folder / 'config.json'} cannot be read: {error}") from error
+        raise WeightFormatError(f"{path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise WeightFormatError(f"{path} holds a {type(settings).__name__}; it must be an object")
+    return settings
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    settings = read_json(folder / "config.json")
     try:
         return AutoConfig.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )
     # Every configuration class checks its own values and raises what it likes.
     except Exception as error:
-        if isinstance(settings, dict) and "auto_map" in settings:
+        if "auto_map" in settings:
             raise UnsupportedError(
                 f"the configuration of {folder} wants code of its own ({settings['auto_map']}); "
                 "graphopt never sets trust_remote_code. Build the module yourself and pass it to "
@@ -172,18 +187,6 @@ def _read_tokenizer(folder: Path) -> Any:
             f"the tokenizer of {folder} could not be read: {_one_line(error)}. Mend its files, or "
             "remove them to use the model with token ids"
         ) from error
-
-
-def end_token_ids(module: Any) -> tuple[int, ...]:
-    """Tokens that end a Hugging Face module's text, as its own `generate` takes them: those of the
-    generation configuration, else of the configuration. Empty for other modules."""
-    for settings in ("generation_config", "config"):
-        ids = getattr(getattr(module, settings, None), "eos_token_id", None)
-        if isinstance(ids, int):
-            return (ids,)
-        if isinstance(ids, (list, tuple)):
-            return tuple(sorted(int(token) for token in ids))
-    return ()
 
 
 def _one_line(error: BaseException) -> str:

@@ -19,6 +19,7 @@ from graphopt.codegen.backend import ServingExecutable
 from graphopt.errors import RequestError
 from graphopt.runtime.blocks import BlockPool
 from graphopt.runtime.detokenizer import Detokenizer
+from graphopt.runtime.logits_processors import History
 from graphopt.runtime.request import (
     FinishReason,
     Request,
@@ -88,7 +89,7 @@ class Engine:
     """See the module docstring.
 
     tokenizer: needed for string prompts, text and stop texts. eos_token_ids: the model's end
-    tokens. block_size: tokens a cache block holds. num_blocks (one of them is reserved) or
+    tokens. defaults: settings of a request that comes without any. block_size: tokens a cache block holds. num_blocks (one of them is reserved) or
     kv_cache_bytes: size of the KV cache; with neither it holds 8192 tokens. max_tokens_per_step:
     longer prompts are computed in chunks. max_requests: requests that run at once; others wait.
 
@@ -100,6 +101,7 @@ class Engine:
         executable: ServingExecutable,
         tokenizer: Any = None,
         eos_token_ids: Sequence[int] = (),
+        defaults: SamplingParams | None = None,
         *,
         block_size: int = 16,
         num_blocks: int | None = None,
@@ -109,6 +111,7 @@ class Engine:
     ) -> None:
         self.executable, self.tokenizer = executable, tokenizer
         self._eos = frozenset(eos_token_ids)
+        self._defaults = SamplingParams() if defaults is None else defaults
         block_size = whole_number("block_size", block_size)
         max_tokens_per_step = whole_number("max_tokens_per_step", max_tokens_per_step)
         max_requests = whole_number("max_requests", max_requests)
@@ -162,7 +165,7 @@ class Engine:
 
         Raises RequestError (CapacityError when it could never fit) before anything changes.
         """
-        params = SamplingParams() if params is None else params
+        params = self._defaults if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestError(
                 f"sampling settings are a SamplingParams, not {type(params).__name__}; write "
@@ -312,11 +315,11 @@ class Engine:
         if not tokens:
             raise RequestError("the prompt is empty; it needs at least one token")
         vocabulary = self.executable.vocab_size
-        for name, ids in (("prompt", tokens), ("stop_token_ids", params.stop_token_ids)):
-            wrong = [token for token in ids if not 0 <= token < vocabulary]
-            if wrong:
+        named = (("prompt", token) for token in tokens)
+        for name, token in (*named, *params.token_ids()):
+            if not 0 <= token < vocabulary:
                 raise RequestError(
-                    f"{name} has token id {wrong[0]}; the vocabulary is 0..{vocabulary - 1}"
+                    f"{name} has token id {token}; the vocabulary is 0..{vocabulary - 1}"
                 )
         if params.stop and self.tokenizer is None:
             raise RequestError("stop texts need a tokenizer; use stop_token_ids")
@@ -334,14 +337,15 @@ class Engine:
         wanted = [rows.request_id for rows in plan.rows if rows.sample]
         # Looked up before the run: a request may be cancelled during it.
         requests = [self._live[request_id].request for request_id in wanted]
-        rows = [SamplingRow(r.params, r.seed, r.length) for r in requests]
+        rows = [SamplingRow(r.params, r.seed, r.length, _history(r)) for r in requests]
         logits_LV = self._runner.run(plan)
         try:
             return dict(zip(wanted, sample(logits_LV, rows), strict=True))
         except NonFiniteLogitsError as error:
             ids = [wanted[row] for row in error.rows]
             raise NonFiniteLogitsError(
-                error.rows, f": requests {ids}; cancel them to go on with the others"
+                error.rows,
+                f"{error.detail}: requests {ids}; cancel them to go on with the others",
             ) from None
 
     def _event(self, live: _Live) -> TokenEvent:
@@ -370,6 +374,14 @@ class Engine:
         if live.inbox is not None:
             live.inbox.append(event)
         return event
+
+
+def _history(request: Request) -> History | None:
+    """What its settings look back on; None when they look at nothing."""
+    if not request.params.has_processors:
+        return None
+    tokens = request.tokens(0, request.length)
+    return History(tokens, len(request.prompt), request.end_tokens)
 
 
 def _completion(live: _Live) -> Completion:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any, Literal
 
@@ -23,6 +23,13 @@ class SamplingParams:
     top_k: keep the k most likely tokens (0: all). top_p: keep the smallest set of tokens whose
         probability reaches p, in (0, 1]. min_p: drop tokens below min_p times the most likely
         one's probability, in [0, 1].
+    Before all that, also when greedy, and as transformers defines them:
+    repetition_penalty: logits of tokens of the prompt and the output are divided by it where they
+        are positive and multiplied where they are negative (1: off).
+    no_repeat_ngram_size: no n-gram of this size twice in prompt and output (0: off).
+    bad_words_ids: sequences of tokens that are not written.
+    min_tokens: no end token before this many new tokens; max_tokens ends it all the same.
+    suppress_tokens: tokens that are never chosen; begin_suppress_tokens: not as the first one.
     seed: same seed, same prompt, same tokens, whatever else runs; None: drawn by the engine.
     stop: texts that end generation (not part of the result; needs a tokenizer).
     stop_token_ids: tokens that end it, beside the model's own end tokens.
@@ -40,6 +47,12 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    min_tokens: int = 0
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every type and range."""
@@ -66,21 +79,54 @@ class SamplingParams:
             isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop),
             "a tuple of non-empty strings",
         )
-        self._check(
-            "stop_token_ids",
-            isinstance(self.stop_token_ids, tuple)
-            and all(_is_int(token, 0) for token in self.stop_token_ids),
-            "a tuple of token ids >= 0",
-        )
+        for name in ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens"):
+            self._check(name, _is_ids(getattr(self, name)), "a tuple of token ids >= 0")
         self._check("ignore_eos", isinstance(self.ignore_eos, bool), "True or False")
+        self._check(
+            "repetition_penalty",
+            _is_number(self.repetition_penalty)
+            and 0.0 < self.repetition_penalty <= sys.float_info.max,
+            "finite and > 0 (1 is off)",
+        )
+        self._check(
+            "no_repeat_ngram_size",
+            _is_int(self.no_repeat_ngram_size, 0),
+            "an integer >= 0 (0 is off)",
+        )
+        self._check(
+            "bad_words_ids",
+            isinstance(self.bad_words_ids, tuple)
+            and all(_is_ids(word) and word for word in self.bad_words_ids),
+            "a tuple of non-empty tuples of token ids >= 0",
+        )
+        self._check("min_tokens", _is_int(self.min_tokens, 0), "an integer >= 0 (0 is off)")
+
+    @property
+    def has_processors(self) -> bool:
+        """True when the logits are changed before a token is chosen."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.no_repeat_ngram_size > 0
+            or self.min_tokens > 0
+            or bool(self.bad_words_ids or self.suppress_tokens or self.begin_suppress_tokens)
+        )
+
+    def token_ids(self) -> Iterator[tuple[str, int]]:
+        """(field, token id) of every id that the settings name."""
+        for name in ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens"):
+            yield from ((name, token) for token in getattr(self, name))
+        yield from (("bad_words_ids", token) for word in self.bad_words_ids for token in word)
 
     def _check(self, name: str, is_legal: bool, legal: str) -> None:
         if not is_legal:
             raise RequestError(f"{name}={getattr(self, name)!r} is not allowed; it must be {legal}")
 
 
-def sampling_params(params: Any, settings: Mapping[str, Any]) -> Any:
-    """`params`, or one made of its fields, as `generate(prompt, max_tokens=3)` gives them.
+def sampling_params(
+    params: Any, settings: Mapping[str, Any], defaults: SamplingParams | None = None
+) -> Any:
+    """`params`, or one made of its fields, as `generate(prompt, max_tokens=3)` gives them; fields
+    that are not given are those of `defaults`.
 
     Raises RequestError for both at once, and for a field that does not exist.
     """
@@ -95,7 +141,20 @@ def sampling_params(params: Any, settings: Mapping[str, Any]) -> Any:
                 f"no sampling setting is called {name!r}; there are {', '.join(known)}"
                 + did_you_mean(name, known)
             )
-    return SamplingParams(**settings)
+    return replace(SamplingParams() if defaults is None else defaults, **settings)
+
+
+def sampling_from_plain(settings: Mapping[str, Any]) -> SamplingParams:
+    """From plain values, as JSON has them: a list stands for a tuple.
+
+    Raises RequestError as SamplingParams does, and for a field that does not exist.
+    """
+    plain = {name: _as_tuple(value) for name, value in settings.items()}
+    return sampling_params(None, plain) or SamplingParams()
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:
@@ -114,6 +173,10 @@ def whole_number(name: str, value: Any, least: int = 1) -> int:
 
 def _is_int(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, tuple) and all(_is_int(token, 0) for token in value)
 
 
 def _is_number(value: Any) -> bool:

@@ -6,7 +6,7 @@ or top-p rank them. Each row is computed by itself, so the same request gives th
 whatever it is batched with, however its prompt is chunked, and after a preemption.
 
 top-k, top-p and min-p apply in this order, each to what the one before kept. Equal logits rank by
-token id, so `top_k=1` is greedy.
+token id, so `top_k=1` is greedy. Penalties and bans come before all of it (`logits_processors`).
 """
 
 from __future__ import annotations
@@ -19,27 +19,34 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import BackendError
+from graphopt.runtime.logits_processors import History, process
 from graphopt.runtime.request import SamplingParams
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+_AFTER_SETTINGS = " after the request's own penalties and bans"
 
 
 class NonFiniteLogitsError(BackendError):
-    """Logits that are no distribution (NaN, +inf, or all -inf). `rows`: their row numbers."""
+    """Logits that are no distribution (NaN, +inf, or all -inf). `rows`: their row numbers; `detail`:
+    what made them so, as far as that is known."""
 
     def __init__(self, rows: tuple[int, ...], detail: str = "") -> None:
         super().__init__(f"logits of rows {list(rows)} are NaN, infinite or all -inf{detail}")
-        self.rows = rows
+        self.rows, self.detail = rows, detail
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """One row to sample: its settings, its seed, and the position of the token to choose."""
+    """One row to sample: its settings, its seed, and the position of the token to choose.
+
+    history: the tokens before it, needed where `params.has_processors`.
+    """
 
     params: SamplingParams
     seed: int
     position: int
+    history: History | None = None
 
 
 def uniform(seed: int, position: int) -> float:
@@ -57,7 +64,8 @@ def _mix(value: int) -> int:
 def sample(logits_LV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     """One token a row of `logits_LV` (float `[L, V]`); -inf rules a token out.
 
-    Raises NonFiniteLogitsError when a row holds NaN or +inf, or nothing but -inf.
+    Raises NonFiniteLogitsError when a row holds NaN or +inf, or nothing but -inf, and when its own
+    settings rule out every token.
     """
     peaks_L, best_L = logits_LV.max(dim=-1)
     # NaN counts as the largest value, so the largest tells whether there is one.
@@ -68,8 +76,18 @@ def sample(logits_LV: Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     # float32 holds every smaller type; numpy has no bfloat16.
     dtype = torch.promote_types(logits_LV.dtype, torch.float32)
     for index, row in enumerate(rows):
+        history = row.history if row.params.has_processors else None
+        if history is None and row.params.temperature == 0.0:
+            continue
+        logits_V = logits_LV[index].cpu().to(dtype)
+        if history is not None:
+            logits_V = process(logits_V, row.params, history)
+            peak, best = logits_V.max(dim=-1)
+            if not torch.isfinite(peak):
+                raise NonFiniteLogitsError((index,), _AFTER_SETTINGS)
+            tokens[index] = int(best)
         if row.params.temperature > 0.0:
-            tokens[index] = _draw(logits_LV[index].cpu().to(dtype), row)
+            tokens[index] = _draw(logits_V, row)
     return tokens
 
 

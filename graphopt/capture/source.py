@@ -25,6 +25,8 @@ class ModelSource:
     packed: fully qualified parameter name -> low-bit weight that stands for it.
     tokenizer: a Hugging Face tokenizer, or None for models without text.
     eos_token_ids: tokens that end generation.
+    sampling: fields of `SamplingParams` that are the model's defaults, in plain values.
+    notes: what its files ask for that is a default only, or that nobody reads; goes to the report.
     """
 
     module: nn.Module
@@ -33,3 +35,5 @@ class ModelSource:
     tokenizer: Any = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ import pytest
 import graphopt.runtime
 
 FILES = sorted(Path(graphopt.runtime.__file__).parent.glob("*.py"))
-WITH_TORCH = {"sampler.py", "runner.py"}
+WITH_TORCH = {"sampler.py", "runner.py", "logits_processors.py"}
 
 
 def imports(path: Path) -> set[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from graphopt.runtime.request import (
     Request,
     SamplingParams,
     Status,
+    sampling_from_plain,
     sampling_params,
     token_tuple,
     whole_number,
@@ -44,6 +47,16 @@ ILLEGAL = [
     ("stop_token_ids", (-1,), ">= 0"),
     ("stop_token_ids", [1], "tuple"),
     ("ignore_eos", 1, "True or False"),
+    ("repetition_penalty", 0.0, "> 0"),
+    ("repetition_penalty", float("nan"), "> 0"),
+    ("repetition_penalty", "1.1", "> 0"),
+    ("no_repeat_ngram_size", -1, ">= 0"),
+    ("no_repeat_ngram_size", 2.0, ">= 0"),
+    ("bad_words_ids", ((),), "non-empty tuples"),
+    ("bad_words_ids", (1,), "non-empty tuples"),
+    ("min_tokens", -1, ">= 0"),
+    ("suppress_tokens", (None,), "token ids"),
+    ("begin_suppress_tokens", [1], "tuple"),
 ]
 
 
@@ -66,6 +79,9 @@ def test_illegal_value_names_field_value_and_range(name: str, value: Any, legal:
         ("seed", 2**63 - 1),
         ("stop", ("a", "b")),
         ("stop_token_ids", (0,)),
+        ("repetition_penalty", 1),
+        ("bad_words_ids", ((0,), (1, 2))),
+        ("suppress_tokens", (0, 0)),
     ],
 )
 def test_edges_are_legal(name: str, value: Any) -> None:
@@ -175,8 +191,27 @@ def test_sampling_settings_by_name() -> None:
         match=r"'max_new_tokens'; there are max_tokens, .*; did you mean 'max_tokens'\?",
     ):
         sampling_params(None, {"max_new_tokens": 3})
-    with pytest.raises(RequestError, match=r"'xyz'; there are max_tokens, .*ignore_eos$"):
+    with pytest.raises(RequestError, match=r"'xyz'; there are max_tokens, .*begin_suppress_tokens$"):
         sampling_params(None, {"xyz": 3})
+
+
+def test_fields_that_are_not_given_are_the_defaults() -> None:
+    defaults = SamplingParams(temperature=0.7, bad_words_ids=((1, 2),))
+    got = sampling_params(None, {"max_tokens": 3}, defaults)
+    assert got == SamplingParams(max_tokens=3, temperature=0.7, bad_words_ids=((1, 2),))
+    assert sampling_params(None, {}, defaults) is None
+    params = SamplingParams()
+    assert sampling_params(params, {}, defaults) is params
+
+
+def test_plain_values_and_back() -> None:
+    params = SamplingParams(stop=("a",), bad_words_ids=((1, 2), (3,)), seed=4, top_p=0.5)
+    assert sampling_from_plain(json.loads(json.dumps(asdict(params)))) == params
+    assert sampling_from_plain({}) == SamplingParams()
+    with pytest.raises(RequestError, match="no sampling setting is called 'top'"):
+        sampling_from_plain({"top": 1})
+    with pytest.raises(RequestError, match="temperature"):
+        sampling_from_plain({"temperature": [1.0]})
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.array(3), torch.tensor(3)])
