@@ -158,6 +158,17 @@ def is_impure(target: object) -> bool:
     return False
 
 
+def is_pure(target: object) -> bool:
+    """True when equal operands give equal results, and a call changes nothing: arithmetic on sizes,
+    torch's ops but the random ones, and ops that `define` made. A model's own op may do anything.
+    """
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    is_known = target.namespace in ("aten", "prims") or spec_of(target) is not None
+    is_random = torch.Tag.nondeterministic_seeded in target.tags
+    return is_known and not is_random and not is_impure(target)
+
+
 def checks_values(target: object) -> bool:
     """True for asserts about values: they may fail, so they run although nobody reads them."""
     return isinstance(target, torch._ops.OpOverload) and target in _ASSERTS

@@ -22,6 +22,7 @@ cover.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -135,7 +136,9 @@ def _tail(graph: Graph, rows: Rows) -> frozenset[fx.Node]:
             continue
         if all(user is output or user in tail for user in node.users):
             tail.add(node)
-    return frozenset(tail)
+    # A part of a split that other parts keep whole is picked from the part, not from the split.
+    parts = {node for node in tail if node.target is operator.getitem}
+    return frozenset(tail - {node for node in parts if node.args[0] not in tail})
 
 
 class _Rebuild:

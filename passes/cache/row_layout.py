@@ -14,7 +14,7 @@ the sequence appears on the row axis only, the batch on one axis only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,8 @@ from graphopt.ir.graph import argument, op_name
 
 aten = torch.ops.aten
 Axis = int | None
+Rule = Callable[["Rows", fx.Node], Axis]
+"""Row axis of a call's result; raises RowsMixedError when the op mixes rows or batch items."""
 
 
 class RowsMixedError(Exception):
@@ -97,6 +99,21 @@ def rank(node: Any) -> int:
 
 def _expression(size: Any) -> sympy.Expr:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def row_axis(rows: Rows, node: fx.Node) -> Axis:
+    """The axis of a result that the sequence stands on.
+
+    For ops that are known to keep rows apart: where the rows went, the sizes tell.
+    """
+    value = node.meta["val"]
+    shape = (value if isinstance(value, Tensor) else value[0]).shape
+    places = [i for i, s in enumerate(shape) if rows.sequence in _expression(s).free_symbols]
+    if len(places) > 1:
+        raise mixed(node, "pairs every token row with every other (an outer operation)")
+    if not places and any(rows.of(operand) is not None for operand in node.all_input_nodes):
+        raise mixed(node, "gives a value without a token axis")
+    return places[0] if places else None
 
 
 def refuse_along(rows: Rows, node: fx.Node, operand: Any, dims: Iterable[int], what: str) -> None:

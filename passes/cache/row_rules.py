@@ -5,33 +5,36 @@
     None             the value does not depend on the tokens
 A rule raises `RowsMixedError` when its op lets one row see another, or one batch item another.
 Attention is the only op that may, and only when it is causal over the same rows. Batch items are
-independent requests. `row_layout.py` holds the terms, `row_shape_rules.py` the ops that move axes.
+independent requests. `row_layout.py` holds the terms, `row_shape_rules.py` the ops that move axes,
+`row_product_rules.py` those that multiply, `row_index_rules.py` those that look values up; an op
+without a rule is taken apart by `row_parts.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from graphopt.ir.graph import argument, is_call, shape_of, tensor_inputs
-from graphopt.ops import (
-    attention,
-    embedding_wq,
-    layer_norm,
-    linear_wq,
-    rms_norm,
-    rope,
-)
+from graphopt.ops import attention, layer_norm, rms_norm, rope
+from graphopt.ops.registry import is_impure
+from graphopt.passes.cache.row_index_rules import INDEX_RULES
 from graphopt.passes.cache.row_layout import (
     Axis,
     Rows,
+    Rule,
     batch_mixed,
     mixed,
     rank,
     refuse_along,
+    row_axis,
     sizes,
+    unknown,
 )
-from graphopt.passes.cache.row_shape_rules import SHAPE_RULES, Rule
+from graphopt.passes.cache.row_product_rules import PRODUCT_RULES, refuse_as_weight
+from graphopt.passes.cache.row_shape_rules import SHAPE_RULES
 
 aten = torch.ops.aten
 # Same values, maybe in another dtype.
@@ -46,44 +49,65 @@ CASTS = (
 
 def pointwise(rows: Rows, node: fx.Node) -> Axis:
     """Element by element, with broadcasting."""
-    found: Axis = None
-    for operand in node.all_input_nodes:
-        axis = rows.of(operand)
-        if axis is None:
-            continue
-        aligned = axis + rank(node) - rank(operand)
-        if found is not None and found != aligned:
-            raise mixed(node, "pairs every token row with every other (an outer operation)")
-        found = aligned
-    return found
-
-
-def _reduction(rows: Rows, node: fx.Node) -> Axis:
-    operand = node.args[0]
-    if rows.is_constant(operand):
-        return None
-    bound = tensor_inputs(node)
-    dims = bound.get("dim")
-    listed = [dims] if isinstance(dims, int) else dims
-    if not listed:
-        raise mixed(node, "reduces over all token rows and batch items")
-    refuse_along(rows, node, operand, listed, "works along")
-    axis = rows.of(operand)
-    before = rank(operand)
-    value = node.meta["val"]
-    after = len((value if isinstance(value, Tensor) else value[0]).shape)
-    if axis is None or bound.get("keepdim", False) or after == before:
-        return axis
-    return axis - sum(1 for d in {d % before for d in listed} if d < axis)
+    return row_axis(rows, node)
 
 
 def _along_dim(rows: Rows, node: fx.Node) -> Axis:
-    """Ops that work along one `dim` and keep the rank: softmax, cumsum, sort, topk, flip."""
+    """Ops that work along the axes that their `dim` names, and treat the others one by one: sums,
+    softmax, sort, roll, norms. Without a `dim` they work along all."""
     operand = node.args[0]
-    bound = tensor_inputs(node)
-    dims = bound.get("dim", bound.get("dims", -1))
+    others = [n for n in node.all_input_nodes if n is not operand]
+    if not all(rows.is_constant(other) for other in others):
+        raise unknown(node, "works along an axis with other values that depend on the tokens")
+    if rows.is_constant(operand):
+        return None
+    names = {spec.name for spec in node.target._schema.arguments}  # type: ignore[union-attr]
+    name = next((name for name in ("dim", "dims", "dimension") if name in names), None)
+    dims = None if name is None else argument(node, name)
+    if dims is None or dims == []:
+        raise mixed(node, "works along all axes, the token axis among them")
     listed = dims if isinstance(dims, (list, tuple)) else [dims]
     refuse_along(rows, node, operand, listed, "works along")
+    return row_axis(rows, node)
+
+
+def _same_axis(rows: Rows, node: fx.Node) -> Axis:
+    """The shape of the first operand, element by element; other operands give a dtype or a size."""
+    return rows.of(node.args[0])
+
+
+def _view_as_complex(rows: Rows, node: fx.Node) -> Axis:
+    refuse_along(rows, node, node.args[0], [-1], "pairs the values of")
+    return row_axis(rows, node)
+
+
+def _random_when_training(rows: Rows, node: fx.Node) -> Axis:
+    name = "training" if node.target is aten.rrelu.default else "train"
+    if argument(node, name) and (name == "training" or argument(node, "p") != 0):
+        raise unknown(node, "draws random numbers; call eval() on the model")
+    return rows.of(node.args[0])
+
+
+def _prelu(rows: Rows, node: fx.Node) -> Axis:
+    operand, weight = node.args[:2]
+    refuse_as_weight(rows, node, [weight])
+    return rows.of(operand)
+
+
+def _group_norm(rows: Rows, node: fx.Node) -> Axis:
+    """Over the channels of a group and all axes that follow."""
+    operand = node.args[0]
+    refuse_as_weight(rows, node, [n for n in node.all_input_nodes if n is not operand])
+    refuse_along(rows, node, operand, range(1, rank(operand)), "normalises over")
+    return rows.of(operand)
+
+
+def _batch_norm(rows: Rows, node: fx.Node) -> Axis:
+    """With running statistics: a scale and a shift for each channel."""
+    operand = node.args[0]
+    if argument(node, "training") or argument(node, "running_mean") is None:
+        refuse_along(rows, node, operand, range(rank(operand)), "normalises over")
+    refuse_as_weight(rows, node, [n for n in node.all_input_nodes if n is not operand])
     return rows.of(operand)
 
 
@@ -93,72 +117,6 @@ def _last_axes(rows: Rows, node: fx.Node) -> Axis:
     shape = tensor_inputs(node).get("normalized_shape", [0])
     refuse_along(rows, node, operand, range(-len(shape), 0), "normalises over")
     return rows.of(operand)
-
-
-def _refuse_as_weight(rows: Rows, node: fx.Node, operands: list[object]) -> None:
-    for operand in operands:
-        if rows.of(operand) is not None:
-            raise mixed(node, "uses token rows as a weight")
-        if rows.batch_of(operand) is not None:
-            raise batch_mixed(node, "uses batch items as a weight")
-
-
-def _linear(rows: Rows, node: fx.Node) -> Axis:
-    operand = node.args[0]
-    _refuse_as_weight(rows, node, [n for n in node.all_input_nodes if n is not operand])
-    refuse_along(rows, node, operand, [-1], "sums over")
-    return rows.of(operand)
-
-
-def _addmm(rows: Rows, node: fx.Node) -> Axis:
-    bias, left, right = node.args[:3]
-    _refuse_as_weight(rows, node, [bias, right])
-    refuse_along(rows, node, left, [1], "sums over")
-    return rows.of(left)
-
-
-def _matmul(rows: Rows, node: fx.Node) -> Axis:
-    left, right = node.args[:2]
-    refuse_along(rows, node, left, [-1], "sums over")
-    refuse_along(rows, node, right, [max(rank(right) - 2, 0)], "sums over")
-    left_axis, right_axis = rows.of(left), rows.of(right)
-    if left_axis is not None and right_axis is not None:
-        raise mixed(node, "multiplies token rows with each other (unrecognised attention?)")
-    # Counted from the end, an axis stays where it is; a vector operand removes the summed one.
-    if left_axis is not None:
-        return rank(node) - (rank(left) - left_axis - (rank(right) == 1))
-    if right_axis is not None:
-        from_end = rank(right) - right_axis
-        return rank(node) - (from_end - (rank(left) == 1 and from_end > 1))
-    return None
-
-
-def _embedding(rows: Rows, node: fx.Node) -> Axis:
-    bound = tensor_inputs(node)
-    ids = bound.get("indices", bound.get("ids"))
-    _refuse_as_weight(rows, node, [n for n in node.all_input_nodes if n is not ids])
-    return rows.of(ids)
-
-
-def _gather(rows: Rows, node: fx.Node) -> Axis:
-    """Out element [.., i, ..] is the table's element at index[.., i, ..], on every other axis at
-    its own place: those axes must not number token rows."""
-    table, index = argument(node, "self"), argument(node, "index")
-    if rows.of(table) is not None:
-        raise mixed(node, "looks values up in a table made of token rows")
-    axis = rows.of(index)
-    dim = int(argument(node, "dim")) % rank(node)
-    refuse_along(rows, node, table, [dim], "looks values up along")
-    if axis not in (None, dim):
-        raise mixed(node, "numbers token rows by their place in the sequence")
-    return axis
-
-
-def _convolution(rows: Rows, node: fx.Node) -> Axis:
-    axis = rows.of(node.args[0])
-    if axis is not None and axis >= 2:
-        raise mixed(node, "slides over the token axis, so a row depends on its neighbours")
-    raise mixed(node, "convolves token rows in a way that is not analysed")
 
 
 def _attention(rows: Rows, node: fx.Node) -> Axis:
@@ -218,40 +176,60 @@ def _rope(rows: Rows, node: fx.Node) -> Axis:
     return axis
 
 
+def _overloads(*names: str) -> Iterator[torch._ops.OpOverload]:
+    """The functional overloads of aten ops, those with named axes left out."""
+    for name in names:
+        packet = getattr(aten, name)
+        for overload in map(packet.__getattr__, packet.overloads()):
+            schema = overload._schema
+            if not is_impure(overload) and "Dimname" not in str(schema):
+                yield overload
+
+
+# They work along the axes that `dim` names; see `_along_dim`.
+_ALONG_DIM = (
+    *("all", "any", "argmax", "argmin", "amax", "amin", "aminmax", "count_nonzero", "logsumexp"),
+    *("mean", "median", "nanmean", "nanmedian", "nansum", "norm", "linalg_vector_norm", "prod"),
+    *("std", "std_mean", "sum", "var", "var_mean", "mode", "kthvalue", "topk", "sort", "argsort"),
+    *("cummax", "cummin", "cumprod", "cumsum", "logcumsumexp", "softmax", "_softmax", "flip"),
+    *("log_softmax", "_log_softmax", "special_softmax", "special_log_softmax", "roll", "glu"),
+)
+# The first operand's shape, element by element. torch marks most of such ops as pointwise itself.
+_SAME_SHAPE = (
+    *("zeros_like", "ones_like", "full_like", "empty_like", "type_as", "contiguous", "alias"),
+    *("detach", "lift_fresh_copy", "conj", "_conj", "resolve_conj", "resolve_neg", "real", "imag"),
+    *("view_as_real", "one_hot", "pin_memory"),
+)
+
 RULES: dict[object, Rule] = {
     **SHAPE_RULES,
-    aten.linear.default: _linear,
-    linear_wq.SPEC.overload: _linear,
-    aten.addmm.default: _addmm,
-    aten.mm.default: _matmul,
-    aten.bmm.default: _matmul,
-    aten.matmul.default: _matmul,
-    aten.embedding.default: _embedding,
-    embedding_wq.SPEC.overload: _embedding,
-    aten.gather.default: _gather,
+    **PRODUCT_RULES,
+    **INDEX_RULES,
+    **dict.fromkeys(_overloads(*_ALONG_DIM), _along_dim),
+    aten.max.dim: _along_dim,
+    aten.max.default: _along_dim,
+    aten.min.dim: _along_dim,
+    aten.min.default: _along_dim,
+    aten.unfold.default: _along_dim,
+    **dict.fromkeys(_overloads(*_SAME_SHAPE), _same_axis),
+    **dict.fromkeys(CASTS, _same_axis),
+    aten.to.other: _same_axis,
+    aten.view_as_complex.default: _view_as_complex,
+    aten.polar.default: pointwise,
+    aten.complex.default: pointwise,
+    aten.dropout.default: _random_when_training,
+    aten.feature_dropout.default: _random_when_training,
+    aten.alpha_dropout.default: _random_when_training,
+    aten.feature_alpha_dropout.default: _random_when_training,
+    aten.rrelu.default: _random_when_training,
+    aten.prelu.default: _prelu,
     aten.layer_norm.default: _last_axes,
     aten.native_layer_norm.default: _last_axes,
+    aten.rms_norm.default: _last_axes,
     layer_norm.SPEC.overload: _last_axes,
     rms_norm.SPEC.overload: _last_axes,
-    **dict.fromkeys(CASTS, pointwise),
-    aten.to.other: pointwise,
-    aten.dropout.default: pointwise,
+    aten.group_norm.default: _group_norm,
+    aten.batch_norm.default: _batch_norm,
     attention.SPEC.overload: _attention,
     rope.SPEC.overload: _rope,
-    aten.conv1d.default: _convolution,
-    aten.conv2d.default: _convolution,
-    aten.convolution.default: _convolution,
-    aten.mean.dim: _reduction,
-    aten.sum.dim_IntList: _reduction,
-    aten.amax.default: _reduction,
-    aten.amin.default: _reduction,
-    aten.argmax.default: _reduction,
-    aten.var.correction: _reduction,
-    aten.softmax.int: _along_dim,
-    aten._softmax.default: _along_dim,
-    aten.log_softmax.int: _along_dim,
-    aten.cumsum.default: _along_dim,
-    aten.topk.default: _along_dim,
-    aten.sort.default: _along_dim,
-    aten.flip.default: _along_dim,
 }

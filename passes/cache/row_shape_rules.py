@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import fx
 
@@ -11,6 +9,7 @@ from graphopt.ir.graph import argument, tensor_inputs
 from graphopt.passes.cache.row_layout import (
     Axis,
     Rows,
+    Rule,
     Table,
     batch_mixed,
     mixed,
@@ -21,31 +20,18 @@ from graphopt.passes.cache.row_layout import (
 )
 
 aten = torch.ops.aten
-Rule = Callable[[Rows, fx.Node], Axis]
 
 
-def _same_axis(rows: Rows, node: fx.Node) -> Axis:
-    return rows.of(node.args[0])
-
-
-def _transpose(rows: Rows, node: fx.Node) -> Axis:
-    axis = rows.of(node.args[0])
+def _moved(rows: Rows, node: fx.Node) -> Axis:
+    """Ops that give every axis a new place (transpose, permute, movedim, unsqueeze): tried out on a
+    tensor without data whose sizes are all different."""
+    operand = node.args[0]
+    axis = rows.of(operand)
     if axis is None:
         return None
-    first, second = (int(argument(node, name)) % rank(node) for name in ("dim0", "dim1"))
-    return {first: second, second: first}.get(axis, axis)
-
-
-def _permute(rows: Rows, node: fx.Node) -> Axis:
-    axis = rows.of(node.args[0])
-    order = [int(d) % rank(node) for d in argument(node, "dims")]
-    return None if axis is None else order.index(axis)
-
-
-def _unsqueeze(rows: Rows, node: fx.Node) -> Axis:
-    axis = rows.of(node.args[0])
-    inserted = int(argument(node, "dim")) % rank(node)
-    return None if axis is None else axis + (inserted <= axis)
+    assert callable(node.target)
+    probe = torch.empty(tuple(range(2, 2 + rank(operand))), device="meta")
+    return list(node.target(probe, *node.args[1:], **node.kwargs).shape).index(2 + axis)
 
 
 def _squeeze(rows: Rows, node: fx.Node) -> Axis:
@@ -120,7 +106,8 @@ def _expand(rows: Rows, node: fx.Node) -> Axis:
 
 def _repeat(rows: Rows, node: fx.Node) -> Axis:
     operand = node.args[0]
-    counts = argument(node, "repeats")
+    counts = argument(node, "dims" if node.target is aten.tile.default else "repeats")
+    counts = [*[1] * (rank(node) - len(counts)), *counts]
     added = rank(node) - rank(operand)
     repeated = [i - added for i, count in enumerate(counts) if i >= added and count != 1]
     refuse_along(rows, node, operand, repeated, "repeats")
@@ -164,10 +151,38 @@ def _arange(rows: Rows, node: fx.Node) -> Axis:
     return 0
 
 
+def _pad(rows: Rows, node: fx.Node) -> Axis:
+    """Pairs of (before, after), from the last axis on."""
+    amounts = argument(node, "pad")
+    padded = [-1 - i // 2 for i, amount in enumerate(amounts) if amount != 0]
+    refuse_along(rows, node, node.args[0], padded, "pads or shifts along")
+    return rows.of(node.args[0])
+
+
+def _triangle(rows: Rows, node: fx.Node) -> Axis:
+    refuse_along(rows, node, node.args[0], [-2, -1], "cuts a triangle out of")
+    return rows.of(node.args[0])
+
+
+def _squeeze_all(rows: Rows, node: fx.Node) -> Axis:
+    refuse_along(rows, node, node.args[0], range(rank(node.args[0])), "may drop")
+    return None
+
+
 SHAPE_RULES: dict[object, Rule] = {
-    aten.transpose.int: _transpose,
-    aten.permute.default: _permute,
-    aten.unsqueeze.default: _unsqueeze,
+    aten.transpose.int: _moved,
+    aten.swapaxes.default: _moved,
+    aten.swapdims.default: _moved,
+    aten.permute.default: _moved,
+    aten.movedim.int: _moved,
+    aten.movedim.intlist: _moved,
+    aten.moveaxis.int: _moved,
+    aten.moveaxis.intlist: _moved,
+    aten.t.default: _moved,
+    aten.numpy_T.default: _moved,
+    aten.mT.default: _moved,
+    aten.unsqueeze.default: _moved,
+    aten.squeeze.default: _squeeze_all,
     aten.squeeze.dim: _squeeze,
     aten.squeeze.dims: _squeeze,
     aten.select.int: _select,
@@ -177,13 +192,26 @@ SHAPE_RULES: dict[object, Rule] = {
     aten.stack.default: _concatenate,
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split,
+    aten.unsafe_split.Tensor: _split,
+    aten.unsafe_split_with_sizes.default: _split,
     aten.chunk.default: _split,
+    aten.unsafe_chunk.default: _split,
+    aten.tensor_split.sections: _split,
+    aten.tensor_split.indices: _split,
     aten.unbind.int: _split,
     aten.expand.default: _expand,
     aten.expand_as.default: _expand,
+    aten.broadcast_to.default: _expand,
     aten.repeat.default: _repeat,
+    aten.tile.default: _repeat,
     aten.repeat_interleave.self_int: _repeat_interleave,
+    aten.pad.default: _pad,
+    aten.constant_pad_nd.default: _pad,
+    aten.tril.default: _triangle,
+    aten.triu.default: _triangle,
     aten.reshape.default: _reshape,
+    aten.reshape_as.default: _reshape,
+    aten.view_as.default: _reshape,
     aten.view.default: _reshape,
     aten._unsafe_view.default: _reshape,
     aten.flatten.using_ints: _reshape,
@@ -194,7 +222,9 @@ SHAPE_RULES: dict[object, Rule] = {
     aten.zeros.default: filled,
     aten.ones.default: filled,
     aten.full.default: filled,
-    aten.contiguous.default: _same_axis,
+    aten.new_zeros.default: filled,
+    aten.new_ones.default: filled,
+    aten.new_full.default: filled,
 }
 
 # The sequence length may reach these as a number: they only make shapes of it.
@@ -212,6 +242,10 @@ TAKES_SIZES = frozenset(
         aten.zeros.default,
         aten.ones.default,
         aten.full.default,
+        aten.new_zeros.default,
+        aten.new_ones.default,
+        aten.new_full.default,
+        aten.broadcast_to.default,
         aten.slice.Tensor,
         aten.narrow.default,
         aten.split_with_sizes.default,

@@ -2,7 +2,7 @@
 
 `trace_rows` walks the graph once, op by op, with the rules of `row_rules.py`, and raises
 `RowsMixedError` at the first op that lets one token row or batch item see another, that computes
-with the length of the sequence, or that it has no rule for.
+with the length of the sequence, or that has no rule and no parts that have one.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from graphopt.passes.cache.row_layout import (
     sizes,
     unknown,
 )
+from graphopt.passes.cache.row_parts import axis_by_parts
 from graphopt.passes.cache.row_rules import CASTS, RULES, pointwise
 from graphopt.passes.cache.row_shape_rules import TAKES_SIZES
 
@@ -52,12 +53,16 @@ def trace_rows(graph: Graph, tokens: fx.Node) -> Rows:
                     "extra-input", f"input %{node.name} is not the token ids", node
                 )
         elif node.op == "call_function":
-            if isinstance(node.meta["val"], (Tensor, list, tuple)):
-                rows.axis[node] = _trace_call(rows, node)
-                check_result(rows, node, rows.axis[node])
-            else:
-                _check_number(node)
+            _trace(rows, node)
     return rows
+
+
+def _trace(rows: Rows, node: fx.Node) -> None:
+    if isinstance(node.meta["val"], (Tensor, list, tuple)):
+        rows.axis[node] = _trace_call(rows, node)
+        check_result(rows, node, rows.axis[node])
+    else:
+        _check_number(node)
 
 
 def _trace_call(rows: Rows, node: fx.Node) -> Axis:
@@ -73,13 +78,15 @@ def _trace_call(rows: Rows, node: fx.Node) -> Axis:
     is_tagged = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
     if is_tagged or (spec is not None and spec.rows == "pointwise"):
         return pointwise(rows, node)
-    if not all(rows.is_constant(operand) for operand in node.all_input_nodes):
+    if torch.Tag.nondeterministic_seeded in tags:
+        raise unknown(node, "draws random numbers")
+    if all(rows.is_constant(operand) for operand in node.all_input_nodes):
+        # `check_result` refuses it when its sizes are not constant.
+        return None
+    if spec is not None:
         text = "reads token rows and is not known to keep them apart"
-        if spec is not None:
-            text += '; if it does, define it with rows="pointwise"'
-        raise unknown(node, text)
-    # Its operands are constants; `check_result` refuses it when its sizes are not.
-    return None
+        raise unknown(node, f'{text}; if it does, define it with rows="pointwise"')
+    return axis_by_parts(rows, node, _trace)
 
 
 def _check_number(node: fx.Node) -> None:

@@ -1,6 +1,7 @@
 """canonicalize_views: one spelling for each change of shape.
 
     view, _unsafe_view, flatten, unflatten       -> aten.reshape(x, [sizes])
+    view_as, reshape_as                          -> aten.reshape(x, [sizes of the other])
     transpose/unsqueeze/cat/slice/... with dim<0 -> the same with dim >= 0
     permute that swaps two axes, mT, t           -> aten.transpose
 
@@ -36,11 +37,13 @@ _MATRIX_TRANSPOSES = (aten.mT.default, aten.t.default)
 
 @dataclass(frozen=True, slots=True)
 class Respelled:
-    """The same call in the canonical spelling."""
+    """The same call in the canonical spelling. like: None, or the node whose sizes the result
+    has, where the call names it instead of sizes."""
 
     node: fx.Node
     target: Any
     args: tuple[Any, ...]
+    like: fx.Node | None = None
 
 
 @register
@@ -63,13 +66,22 @@ class CanonicalizeViews(Pass[Respelled]):
 
     def rewrite(self, builder: GraphBuilder, bound: Respelled) -> None:
         """Emit it."""
-        new = builder.emit(bound.target, bound.args, dict(bound.node.kwargs), like=[bound.node])
+        args, kwargs = bound.args, dict(bound.node.kwargs)
+        if bound.target is aten.reshape.default:
+            kwargs = {}
+        if bound.like is not None:
+            args = (args[0], _sizes(builder, bound.node, bound.like))
+        new = builder.emit(bound.target, args, kwargs, like=[bound.node])
         replace(builder.graph, bound.node, new)
 
 
 def _canonical(node: fx.Node) -> Respelled | None:
     if is_call(node, *_VIEWS):
         return Respelled(node, aten.reshape.default, (node.args[0], argument(node, "size")))
+    if is_call(node, aten.view_as.default, aten.reshape_as.default):
+        sizes = _plain_sizes(node.meta["val"])
+        like = argument(node, "other") if sizes is None else None
+        return Respelled(node, aten.reshape.default, (node.args[0], sizes), like)
     if is_call(node, aten.flatten.using_ints, aten.unflatten.int):
         sizes = _plain_sizes(node.meta["val"])
         return (
@@ -92,6 +104,16 @@ def _canonical(node: fx.Node) -> Respelled | None:
                 args[place] = args[place] + rank  # type: ignore[operator]
         return None if args == list(node.args) else Respelled(node, node.target, tuple(args))
     return None
+
+
+def _sizes(builder: GraphBuilder, node: fx.Node, like: fx.Node) -> list[Any]:
+    """The sizes of `like`, the symbolic ones read from it."""
+    return [
+        size
+        if isinstance(size, int)
+        else builder.emit(aten.sym_size.int, (like, axis), like=[node])
+        for axis, size in enumerate(like.meta["val"].shape)
+    ]
 
 
 def _plain_sizes(value: Tensor) -> list[int] | None:

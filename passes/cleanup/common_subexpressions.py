@@ -13,12 +13,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import fx
 
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph
-from graphopt.ops.registry import is_impure
+from graphopt.ops.registry import is_pure
 from graphopt.passes.base import Pass, Reject, Stage
 from graphopt.passes.registry import register
 
@@ -65,7 +64,7 @@ def _duplicates(graph: Graph) -> list[fx.Node]:
     same: dict[fx.Node, fx.Node] = {}
     found = []
     for node in graph.nodes:
-        if not _is_pure(node):
+        if node.op != "call_function" or not is_pure(node.target):
             continue
         key = _key(node, same)
         if key in first:
@@ -74,14 +73,6 @@ def _duplicates(graph: Graph) -> list[fx.Node]:
         else:
             first[key] = node
     return found
-
-
-def _is_pure(node: fx.Node) -> bool:
-    target = node.target
-    if node.op != "call_function" or is_impure(target):
-        return False
-    tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
-    return torch.Tag.nondeterministic_seeded not in tags
 
 
 def _key(node: fx.Node, same: dict[fx.Node, fx.Node] | None = None) -> Any:

@@ -3,8 +3,8 @@
     before   %1 = aten.mul(@inv_freq, 2.0)
     after    users of %1 read @folded.inv_freq.0
 
-Only deterministic ops, results of at most 1 MB, and weights that have data (not packed ones).
-Weights themselves are never changed. Exact.
+Only deterministic ops that this package knows, results of at most 1 MB, and weights that have data
+(not packed ones). Weights themselves are never changed. Exact.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor, fx
 
 from graphopt.ir.builder import GraphBuilder, replace
 from graphopt.ir.graph import Graph
-from graphopt.ops.registry import is_impure
+from graphopt.ops.registry import is_pure
 from graphopt.passes.base import Pass, Reject, Stage
+from graphopt.passes.cleanup.layout import layout_matters
 from graphopt.passes.registry import register
 
 LARGEST = 1 << 20
@@ -58,9 +59,8 @@ class FoldConstants(Pass[Constant]):
     def check(self, graph: Graph, node: fx.Node) -> Constant | Reject:
         """Compute it on the real data."""
         value = node.meta["val"]
-        tags = getattr(node.target, "tags", ())
-        if is_impure(node.target) or torch.Tag.nondeterministic_seeded in tags:
-            return Reject("not-deterministic", "the op is random or writes", node)
+        if not is_pure(node.target):
+            return Reject("not-deterministic", "the op is random, writes or is unknown", node)
         if not isinstance(value, Tensor) or value.numel() * value.element_size() > LARGEST:
             return Reject("too-large", f"the result is no tensor of at most {LARGEST} bytes", node)
         operands = node.all_input_nodes
@@ -72,7 +72,10 @@ class FoldConstants(Pass[Constant]):
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), data.__getitem__)
         assert callable(node.target)
         with torch.no_grad():
-            return Constant(node, node.target(*args, **kwargs).clone().contiguous())
+            result = node.target(*args, **kwargs)
+        if not result.is_contiguous() and node in layout_matters(graph):
+            return Reject("layout-needed", "an op that follows reads the layout of this", node)
+        return Constant(node, result.clone(memory_format=torch.contiguous_format))
 
     def rewrite(self, builder: GraphBuilder, bound: Constant) -> None:
         """Store the value as a weight and read it."""

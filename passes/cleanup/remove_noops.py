@@ -6,8 +6,11 @@
 
 Covers casts and moves to the same dtype and device, alias, detach, clone, dropout that is off,
 multiplying or dividing by 1, adding or subtracting the integer 0 to integers (x + 0.0 would turn
--0.0 into 0.0), slices of a whole axis, and expand or reshape to the same shape. A copy that gives a
-view the layout it needs stays. Exact.
+-0.0 into 0.0), slices of a whole axis, and expand or reshape to the same shape.
+
+What copies stays where the copy itself matters: where an op downstream reads the memory layout that
+it makes (`layout.py`), and where the caller would be handed the memory of an input, of a weight or
+of another output instead of his own. Exact.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch import Tensor, fx
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph, argument, is_call
 from graphopt.passes.base import Pass, Reject, Stage
+from graphopt.passes.cleanup.layout import keeps_layout, layout_matters, may_alias
 from graphopt.passes.registry import register
 
 aten = torch.ops.aten
@@ -39,7 +43,6 @@ _COPIES = (
     aten.clone.default,
     aten.contiguous.default,
 )
-_LAYOUTS = (aten.clone.default, aten.contiguous.default)
 _SHAPES = (
     aten.expand.default,
     aten.view.default,
@@ -76,14 +79,21 @@ class RemoveNoops(Pass[Noop]):
         operand = _operand(node)
         if operand is None:
             return Reject("not-a-noop", "an operand changed since it was matched", node)
-        for user in node.users:
-            if is_call(node, *_LAYOUTS) and is_call(user, aten.view.default):
-                return Reject(
-                    "layout-needed",
-                    "a view reads the layout that this copy makes",
-                    user,
-                    "let canonicalize_views run before: a reshape needs no layout",
-                )
+        if keeps_layout(node):
+            return Noop(node, operand)
+        if node in layout_matters(graph):
+            return Reject(
+                "layout-needed",
+                "an op that follows reads the layout that this copy makes",
+                node,
+                "let canonicalize_views run before: a reshape needs no layout",
+            )
+        if _is_returned(node) and _is_held(operand, node):
+            return Reject(
+                "copy-returned",
+                "the caller would get the memory of an input, a weight or another output",
+                node,
+            )
         return Noop(node, operand)
 
     def rewrite(self, builder: GraphBuilder, bound: Noop) -> None:
@@ -92,6 +102,22 @@ class RemoveNoops(Pass[Noop]):
         bound.operand.meta["history"] = bound.operand.meta["history"] | history
         bound.node.replace_all_uses_with(bound.operand)
         builder.graph.fx_graph.erase_node(bound.node)
+
+
+def _is_returned(node: fx.Node, apart_from: fx.Node | None = None) -> bool:
+    """True when an output may be in the memory of `node`, other than by way of `apart_from`."""
+    return any(
+        user.op == "output" or (may_alias(user) and _is_returned(user, apart_from))
+        for user in node.users
+        if user is not apart_from
+    )
+
+
+def _is_held(operand: fx.Node, copy: fx.Node) -> bool:
+    """True when the caller or the program holds the memory of `operand`, whatever `copy` does."""
+    while may_alias(operand):
+        operand = operand.all_input_nodes[0]
+    return operand.op != "call_function" or _is_returned(operand, copy)
 
 
 def _operand(node: fx.Node) -> fx.Node | None:
