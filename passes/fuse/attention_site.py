@@ -24,7 +24,7 @@ from graphopt.passes.fuse.attention_walk import (
     Down,
     leads_to,
     outer_mask,
-    product_below,
+    products_below,
     read_sinks,
     used_elsewhere,
     walk_down,
@@ -122,9 +122,24 @@ def hand_written(graph: Graph, softmax: fx.Node) -> AttentionSite | Reject:
         if found is None:
             return Reject("not-scores", "a column is dropped that is no sink", softmax)
         scores, sinks = found
-    product = product_below(values, scores)
-    if product is None:
-        return _no_product(scores)
+    refused = _no_product(scores)
+    for i, product in enumerate(products_below(values, scores)):
+        found_site = _around(graph, values, softmax, down, scores, product, sinks)
+        if isinstance(found_site, AttentionSite):
+            return found_site
+        refused = refused if i else found_site
+    return refused
+
+
+def _around(
+    graph: Graph,
+    values: MaskValues,
+    softmax: fx.Node,
+    down: Down,
+    scores: fx.Node,
+    product: fx.Node,
+    sinks: Operand | None,
+) -> AttentionSite | Reject:
     used = used_elsewhere(product, softmax)
     if used is not None:
         text = f"the scores are also used by {op_name(used)}"
