@@ -27,7 +27,7 @@ COPIES = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _MULTIPLY = (aten.mul.Tensor, aten.mul.Scalar)
 _SCALE = (*_MULTIPLY, aten.div.Tensor, aten.div.Scalar)
-_FLATTEN = (aten.flatten.using_ints,)
+FLATTEN = (aten.flatten.using_ints,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,8 @@ class Operand:
             elif op is aten.transpose.int:
                 a, b = arguments
                 sizes[a], sizes[b] = sizes[b], sizes[a]
+            elif op is aten.unflatten.int:
+                sizes[arguments[0] :] = map(str, arguments[1])
             else:
                 assert op is aten.unsqueeze.default, op
                 sizes.insert(arguments[0], "1")
@@ -162,7 +164,7 @@ def _head_axis(operand: Operand) -> int | None:
 
 def _before_expand(node: fx.Node, heads: int) -> fx.Node | None:
     """x of `x.unsqueeze(heads + 1).expand(...).reshape(...)`: every head several times in a row."""
-    if not is_call(node, *VIEWS, *_FLATTEN):
+    if not is_call(node, *VIEWS, *FLATTEN):
         return None
     expand = first(node)
     while is_call(expand, *COPIES):
@@ -187,31 +189,6 @@ def _without_axis(node: fx.Node, axis: int) -> fx.Node | None:
     if is_call(node, aten.unsqueeze.default) and int(argument(node, "dim")) % 5 == axis:
         return first(node)
     return None
-
-
-def unfolded(operand: Operand) -> Operand | None:
-    """`[B, H, S, D]` of a `[B * H, S, D]` operand that was made of it."""
-    node = operand.node
-    while is_call(node, *COPIES):
-        node = first(node)
-    if operand.steps and operand.steps != ((aten.transpose.int, (-1, -2)),):
-        return None
-    if is_call(node, aten.transpose.int) and len(shape_of(node)) == 3:
-        rank = {int(argument(node, d)) % 3 for d in ("dim0", "dim1")}
-        inner = unfolded(Operand(first(node)))
-        return None if inner is None or rank != {1, 2} else transposed_steps(inner, operand)
-    if not is_call(node, *VIEWS, *_FLATTEN):
-        return None
-    base = first(node)
-    if len(shape_of(base)) != 4 or str(shape_of(base)[2:]) != str(shape_of(node)[1:]):
-        return None
-    return Operand(base, operand.steps)
-
-
-def transposed_steps(inner: Operand, outer: Operand) -> Operand:
-    """A swap below and the swaps above, cancelled where they meet."""
-    swaps = 1 + len(outer.steps)
-    return inner if swaps % 2 == 0 else inner.then(aten.transpose.int, -1, -2)
 
 
 def read_product(graph: Graph, node: fx.Node, left_is: fx.Node | None = None) -> Product | None:

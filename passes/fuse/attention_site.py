@@ -6,24 +6,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from graphopt.ir.graph import Graph, argument, dtype_of, is_call, op_name, shape_of
 from graphopt.passes.base import Reject
+from graphopt.passes.fuse.attention_folds import unfolded
 from graphopt.passes.fuse.attention_operands import (
     Operand,
     first,
     read_product,
     transposed,
-    unfolded,
     unrepeated,
     unscaled,
 )
+from graphopt.passes.fuse.attention_residue import can_emit
 from graphopt.passes.fuse.attention_walk import (
     Down,
     leads_to,
     outer_mask,
-    product_below,
+    products_below,
     read_sinks,
     used_elsewhere,
     walk_down,
@@ -34,7 +35,8 @@ from graphopt.passes.masks.algebra import Expr
 from graphopt.passes.masks.bits import read_bits
 from graphopt.passes.masks.grid import Candidate, agrees
 from graphopt.passes.masks.meaning import MaskMeaning, Unproven, read_meaning, reader
-from graphopt.passes.masks.scores import Unread, read_scores
+from graphopt.passes.masks.reshapes import bounded, limits
+from graphopt.passes.masks.scores import Factor, Unread, keeps_rows, read_scores
 from graphopt.passes.masks.values import MaskValues, axis, size_expr
 
 aten = torch.ops.aten
@@ -45,7 +47,9 @@ Sizes = Sequence[int | torch.SymInt]
 class AttentionSite:
     """`last` computes attention(q, k, v). order: permutation of the result's axes. is_folded: the
     result is `[B * H, S, E]` of four axes. is_flat: operands and result have three axes.
-    mask_is_inverted: the dense mask hides where true."""
+    mask_is_inverted: the dense mask hides where true. factor: op and node of what multiplies or
+    divides the queries. residue: product and scores, where the dense mask is what the model adds
+    to scores of zero."""
 
     last: fx.Node
     q: Operand
@@ -59,6 +63,8 @@ class AttentionSite:
     is_folded: bool = False
     is_flat: bool = False
     mask_is_inverted: bool = False
+    factor: tuple[str, fx.Node] | None = None
+    residue: tuple[fx.Node, fx.Node] | None = None
 
     @property
     def head_axis(self) -> int:
@@ -66,7 +72,7 @@ class AttentionSite:
         first axis apart."""
         meaning = self.meaning
         is_masked = meaning.mask or meaning.padding or meaning.predicate or meaning.bias
-        return 0 if is_masked or self.sinks else 1
+        return 0 if is_masked or self.sinks or self.residue else 1
 
     def dense(self, mask: fx.Node, why: str) -> AttentionSite:
         """With the mask as it is."""
@@ -116,9 +122,24 @@ def hand_written(graph: Graph, softmax: fx.Node) -> AttentionSite | Reject:
         if found is None:
             return Reject("not-scores", "a column is dropped that is no sink", softmax)
         scores, sinks = found
-    product = product_below(values, scores)
-    if product is None:
-        return _no_product(scores)
+    refused = _no_product(scores)
+    for i, product in enumerate(products_below(values, scores)):
+        found_site = _around(graph, values, softmax, down, scores, product, sinks)
+        if isinstance(found_site, AttentionSite):
+            return found_site
+        refused = refused if i else found_site
+    return refused
+
+
+def _around(
+    graph: Graph,
+    values: MaskValues,
+    softmax: fx.Node,
+    down: Down,
+    scores: fx.Node,
+    product: fx.Node,
+    sinks: Operand | None,
+) -> AttentionSite | Reject:
     used = used_elsewhere(product, softmax)
     if used is not None:
         text = f"the scores are also used by {op_name(used)}"
@@ -200,64 +221,148 @@ def _unwidened(graph: Graph, v: Operand) -> Operand:
 def _masked(
     graph: Graph, values: MaskValues, site: AttentionSite, scores: fx.Node, product: fx.Node
 ) -> AttentionSite | Reject:
-    """The site with scale, softcap and mask as the scores say; with a dense mask if need be."""
+    """The site with scale, softcap and mask as the scores say; with a dense mask if need be, better
+    one that is there than one to be made."""
     found = _read(graph, values, site, scores, product)
     if isinstance(found, AttentionSite):
-        return found
+        if found.residue is None:
+            return found
+        why = found.meaning.why_dense
+    else:
+        why = f"{found.code}: {found.text}"
     peeled = outer_mask(scores, product)
-    if peeled is not None and _may_stay(site, found, peeled[1]):
+    if peeled is not None and _may_stay(site, why, peeled[1]):
         inner, mask, is_inverted = peeled
         below = _read(graph, values, site, inner, product)
-        if isinstance(below, AttentionSite) and below.meaning.mask is None:
-            why = f"{found.code}: {found.text}"
+        is_plain = isinstance(below, AttentionSite) and below.residue is None
+        if is_plain and isinstance(below, AttentionSite) and below.meaning.mask is None:
             meaning = replace(below.meaning, mask=mask, why_dense=why)
             return replace(below, meaning=meaning, mask_is_inverted=is_inverted)
-    return Reject(found.code, found.text, scores)
+    return found if isinstance(found, AttentionSite) else Reject(found.code, found.text, scores)
 
 
-def _may_stay(site: AttentionSite, why: Unproven | Unread, mask: fx.Node) -> bool:
+def _may_stay(site: AttentionSite, why: str, mask: fx.Node) -> bool:
     """Whether the op means the same by a dense mask."""
-    if why.code == "mask-may-hide-all" and dtype_of(mask) == torch.bool:
+    if why.startswith("mask-may-hide-all") and dtype_of(mask) == torch.bool:
         # A row that sees nothing is a mean in the model and zero in the op.
         return False
     return not (site.is_folded and len(shape_of(mask)) == 3 and shape_of(mask)[0] != 1)
 
 
-def _read(
-    graph: Graph, values: MaskValues, site: AttentionSite, scores: fx.Node, product: fx.Node
-) -> AttentionSite | Unproven | Unread:
-    sizes = shape_of(scores)
-    element = values.element(scores, mask_sizes(sizes))
+@dataclass(frozen=True, slots=True)
+class _Element:
+    """An element of the scores over four axes, and what its product is called there."""
+
+    sizes: tuple[Expr, ...]
+    element: Expr
+    product: ia.Read
+
+
+def _element(
+    values: MaskValues, site: AttentionSite, scores: fx.Node, product: fx.Node
+) -> _Element | Unread:
+    """The scores as algebra; axes of folded heads are told apart."""
+    sizes = mask_sizes(shape_of(scores))
+    element = values.element(scores, sizes)
     atoms = () if element is None else ia.reads(element)
     atom = next((r for r in atoms if leads_to(values, r.tensor, product)), None)
     if element is None or atom is None:
         return Unread("not-scores", "the softmax is not over a product of queries and keys")
-    if not _is_whole(values, atom, sizes):
+    heads = int(site.q.shape[1]) if site.is_folded and site.q.shape[1].isdigit() else 0
+    if heads and len(shape_of(scores)) == 3:
+        sizes = (ia.floor_divide(sizes[1], heads), ia.integer(heads), *sizes[2:])
+        moved = {axis(1): _folded_index(sizes)}
+        element = bounded(ia.substitute(element, moved), limits(sizes))
+        indices = tuple(bounded(ia.substitute(i, moved), limits(sizes)) for i in atom.indices)
+        atom = replace(atom, indices=indices)
+    node = values.named(atom.tensor)
+    assert node is not None
+    own = values.of(node).sizes
+    # The product is read at the softmax's own indices.
+    wanted, at = sizes[4 - len(own) :], _own_indices(sizes)[4 - len(own) :]
+    if len(own) == 3 and site.is_folded and heads:
+        wanted = (ia.times(sizes[0], heads), *sizes[2:])
+        at = (_folded_index(sizes), *at[1:])
+    if own != wanted or atom.indices != at:
         return Unread("not-scores", "the scores are moved or cut on their way to the softmax")
-    parts = read_scores(read_bits(values, element), atom)
+    return _Element(sizes, element, atom)
+
+
+def _own_indices(sizes: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    one = ia.integer(1)
+    return tuple(ia.integer(0) if size == one else axis(i) for i, size in enumerate(sizes))
+
+
+def _folded_index(sizes: tuple[Expr, ...]) -> Expr:
+    """Where (batch, head) is in one axis of both."""
+    batch, head = _own_indices(sizes)[:2]
+    return ia.add(head, batch, int(ia.parts(sizes[1])[1]))
+
+
+def _four(scores: fx.Node, sizes: tuple[Expr, ...]) -> Sizes:
+    """Sizes of the scores, folded heads told apart."""
+    own = shape_of(scores)
+    if len(own) == 4 or mask_sizes(own) == sizes:
+        return own
+    heads = int(ia.parts(sizes[1])[1])
+    return (own[0] // heads, heads, *own[1:])
+
+
+def _factor(
+    values: MaskValues, site: AttentionSite, factor: Factor, sizes: tuple[Expr, ...]
+) -> tuple[str, fx.Node] | None:
+    """The node that queries can be scaled by instead of the scores."""
+    one = ia.integer(1)
+    for node in values.nodes():
+        value = node.meta["val"]
+        if not isinstance(value, Tensor) or value.dtype != dtype_of(site.q.node):
+            continue
+        own = values.of(node).sizes
+        wanted = (*sizes[:3], one)[4 - len(own) :]
+        if len(own) > 4 or any(x not in (one, y) for x, y in zip(own, wanted, strict=True)):
+            continue
+        if values.element(node, sizes) == factor.value:
+            return factor.op, node
+    return None
+
+
+def _read(
+    graph: Graph, values: MaskValues, site: AttentionSite, scores: fx.Node, product: fx.Node
+) -> AttentionSite | Unproven | Unread:
+    found = _element(values, site, scores, product)
+    if isinstance(found, Unread):
+        return found
+    element = read_bits(values, found.element)
+    parts = read_scores(element, found.product)
     if isinstance(parts, Unread):
         return parts
     if site.sinks is not None and parts.bias is not None:
         return Unread("bias-and-sinks", "a bias that the sinks do not get")
     is_masked = parts.visible != ia.TRUE or parts.bias is not None
     by_head = axis(1) in ia.variables(parts.visible) or parts.bias is not None
-    if site.is_folded and len(sizes) == 3 and is_masked and by_head:
+    is_symbolic = site.is_folded and not site.q.shape[1].isdigit()
+    if is_symbolic and len(shape_of(scores)) == 3 and is_masked and by_head:
         return Unread("folded-heads", "a mask over heads that are folded into the batch")
-    if is_call(product, aten.baddbmm.default) and argument(product, "beta") != 0:
-        return Unread("baddbmm-adds", "baddbmm adds its first operand to the scores")
-    scaled = replace(site, scale=site.scale * parts.scale, softcap=parts.softcap)
-    candidate = Candidate(scores, product, sizes, parts.scale, parts.softcap)
-    return proven(graph, scaled, parts.visible, parts.bias, sizes, candidate, values)
-
-
-def _is_whole(values: MaskValues, atom: ia.Read, sizes: Sizes) -> bool:
-    """The product is read at the softmax's own indices."""
-    node = values.named(atom.tensor)
-    assert node is not None
-    own, wanted = values.of(node).sizes, mask_sizes(sizes)[4 - len(atom.indices) :]
-    one, shift = ia.integer(1), 4 - len(atom.indices)
-    at = tuple(ia.integer(0) if size == one else axis(i + shift) for i, size in enumerate(own))
-    return own == wanted and atom.indices == at
+    factor = None if parts.factor is None else _factor(values, site, parts.factor, found.sizes)
+    if parts.factor is not None and (factor is None or site.is_flat):
+        return Unread("scale-by-data", "the scores are scaled by what is no factor of the queries")
+    scaled = replace(
+        site, scale=site.scale * parts.scale, softcap=parts.softcap, factor=factor
+    )
+    like = _four(scores, found.sizes)
+    candidate = Candidate(scores, product, like, parts.scale, parts.softcap, factor)
+    meaning = read_meaning(values, parts.visible, parts.bias, found.sizes)
+    if isinstance(meaning, Unproven):
+        may_stay = keeps_rows(element) or meaning.code != "mask-may-hide-all"
+        if site.sinks is not None or not may_stay or not can_emit(product):
+            return meaning
+        candidate = replace(candidate, residue=True)
+        why = f"{meaning.code}: {meaning.text}"
+        scaled = replace(scaled, residue=(product, scores))
+        meaning = MaskMeaning(why_dense=why)
+    if not agrees(graph, candidate, meaning):
+        return Unproven("mask-check-failed", "the mask computes something else on a small grid")
+    return replace(scaled, meaning=meaning)
 
 
 def _no_product(scores: fx.Node) -> Reject:

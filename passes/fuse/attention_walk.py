@@ -136,16 +136,16 @@ def leads_to(values: MaskValues, name: str, product: fx.Node) -> bool:
     return node is product
 
 
-def product_below(values: MaskValues, scores: fx.Node) -> fx.Node | None:
-    """The product that the scores are made of."""
-    element = values.of(scores).element
-    for read in sorted(ia.reads(element), key=repr):
+def products_below(values: MaskValues, scores: fx.Node) -> list[fx.Node]:
+    """The products that the scores are made of; biases may be products too."""
+    found: list[fx.Node] = []
+    for read in sorted(ia.reads(values.of(scores).element), key=repr):
         node = values.named(read.tensor)
         while node is not None and is_call(node, *VIEWS, *COPIES, *CASTS):
             node = first(node)
-        if node is not None and is_call(node, *PRODUCTS):
-            return node
-    return None
+        if node is not None and is_call(node, *PRODUCTS) and node not in found:
+            found.append(node)
+    return found
 
 
 def used_elsewhere(product: fx.Node, softmax: fx.Node) -> fx.Node | None:

@@ -27,7 +27,9 @@ from graphopt.ir.builder import GraphBuilder, replace
 from graphopt.ir.graph import Graph, argument, is_call, shape_of
 from graphopt.ops import attention
 from graphopt.passes.base import Pass, Reject, Stage, Tier
-from graphopt.passes.fuse.attention_operands import Operand, is_tensor, unfolded, unrepeated
+from graphopt.passes.fuse.attention_folds import unfolded
+from graphopt.passes.fuse.attention_operands import Operand, is_tensor, unrepeated
+from graphopt.passes.fuse.attention_residue import emit_residue
 from graphopt.passes.fuse.attention_site import (
     AttentionSite,
     hand_written,
@@ -82,6 +84,9 @@ class FuseAttention(Pass[AttentionSite]):
         """Emit the op where the last node stood."""
         with builder.at(bound.last):
             operands = [operand.emit(builder) for operand in (bound.q, bound.k, bound.v)]
+            if bound.factor is not None:
+                op = aten.mul.Tensor if bound.factor[0] == "mul" else aten.div.Tensor
+                operands[0] = builder.emit(op, [operands[0], bound.factor[1]], like=operands[:1])
             if bound.is_flat:
                 at, make = bound.head_axis, aten.unsqueeze.default
                 operands = [builder.emit(make, [x, at], like=[x]) for x in operands]
@@ -121,6 +126,12 @@ def _is_adopted(node: fx.Node) -> bool:
 
 
 def _mask(builder: GraphBuilder, site: AttentionSite) -> fx.Node | None:
+    if site.residue is not None:
+        made = emit_residue(builder, *site.residue)
+        if not site.is_folded or len(shape_of(made)) == 4:
+            return made
+        heads = int(site.q.shape[1])
+        return builder.emit(aten.unflatten.int, [made, 0, [-1, heads]], like=[made])
     mask = site.meaning.mask
     if mask is None or not site.mask_is_inverted:
         return mask

@@ -121,15 +121,13 @@ def times(x: Expr, factor: int) -> Expr:
 
 
 def floor_divide(x: Expr, divisor: int) -> Expr:
-    """x // divisor, divisor > 0."""
-    if isinstance(x, Num):
-        return integer(int(x.value) // divisor)
+    """x // divisor, divisor > 0. Terms that the divisor divides stand outside of the division."""
     terms, constant = parts(x)
-    if divisor == 1:
-        return x
-    if all(c % divisor == 0 for c in terms.values()):
-        return linear({a: c // divisor for a, c in terms.items()}, constant // divisor)
-    return Call("floordiv", (x, integer(divisor)))
+    outside = {a: c // divisor for a, c in terms.items() if c % divisor == 0}
+    rest = linear({a: c for a, c in terms.items() if c % divisor}, constant % divisor)
+    whole = linear(outside, constant // divisor)
+    is_whole = isinstance(rest, Num)
+    return whole if is_whole else add(whole, Call("floordiv", (rest, integer(divisor))))
 
 
 def magnitude(x: Expr) -> Expr:
@@ -308,7 +306,7 @@ def conjuncts(e: Expr) -> tuple[Expr, ...]:
 # --- everything ----------------------------------------------------------------------------------
 
 _BOOLEAN = {"ge0", "eq0", "same", "not", "and", "or", "lt", "le", "gt", "ge", "eq", "ne"}
-_INTEGER = {"floordiv", "magnitude"}
+_INTEGER = {"floordiv", "magnitude", "int_mul", "int_min", "int_max"}
 
 
 def kind_of(e: Expr) -> str:

@@ -12,6 +12,7 @@ from torch import fx
 from graphopt.ir.graph import argument, dtype_of, is_call
 from graphopt.passes.masks import algebra as ia
 from graphopt.passes.masks.algebra import Expr
+from graphopt.passes.masks.numbers import FOLDED, is_no_bound, within
 from graphopt.passes.masks.values import (
     MaskValues,
     Rule,
@@ -24,14 +25,6 @@ from graphopt.passes.masks.values import (
 
 aten = torch.ops.aten
 
-FOLDED: dict[str, Callable[[float, float], float]] = {
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "div": operator.truediv,
-    "min": min,
-    "max": max,
-}
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "lt": operator.lt,
     "le": operator.le,
@@ -66,23 +59,39 @@ def _arithmetic(op: str) -> Rule:
         if pair is None:
             return None
         x, y = pair
+        for a, b in ((x, y), (y, x)):
+            if op in ("min", "max") and is_no_bound(op, b, dtype_of(node)):
+                return within(op, a, b)
         if wanted == "float":
             return ia.over_leaves(x, lambda a: ia.over_leaves(y, lambda b: float_leaf(op, a, b)))
         if wanted == "bool":
             return ia.all_of(x, y) if op == "mul" else None
+        if not (_is_tree(x) or _is_tree(y)) and _is_beyond(op, x, y):
+            return None
         return ia.over_leaves(x, lambda a: ia.over_leaves(y, lambda b: _int_leaf(op, a, b)))
 
     return rule
 
 
+def _is_tree(e: Expr) -> bool:
+    return isinstance(e, ia.Call) and e.op == "where"
+
+
+def _is_beyond(op: str, x: Expr, y: Expr) -> bool:
+    """No linear sum, and no number: better an element of the node itself."""
+    numbers = isinstance(x, ia.Num) + isinstance(y, ia.Num)
+    return op not in ("add", "sub") and numbers < (1 if op == "mul" else 2)
+
+
 def _int_leaf(op: str, x: Expr, y: Expr) -> Expr:
     if op in ("add", "sub"):
         return ia.add(x, y, 1 if op == "add" else -1)
-    if op == "mul":
-        for a, b in ((x, y), (y, x)):
-            if isinstance(b, ia.Num):
-                return ia.times(a, int(b.value))
-    return ia.Call(f"int_{op}", (x, y))
+    if _is_beyond(op, x, y):
+        return ia.Call(f"int_{op}", (x, y))
+    if isinstance(x, ia.Num) and isinstance(y, ia.Num):
+        return ia.integer(int(FOLDED[op](x.value, y.value)))
+    number, other = (x, y) if isinstance(x, ia.Num) else (y, x)
+    return ia.times(other, int(ia.parts(number)[1]))
 
 
 def _reverse_subtract(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:

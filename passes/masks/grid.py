@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.ir.graph import Graph, dtype_of
+from graphopt.ir.graph import Graph, argument, dtype_of, is_call
 from graphopt.ops.attention import Masks, masked_softmax
 from graphopt.passes.masks.meaning import MaskMeaning
 
@@ -28,7 +28,8 @@ _TOLERANCE, _TOLERANCE_LOW = 1e-4, 3e-2
 class Candidate:
     """What is compared. last: the softmax's input, or an SDPA mask (then `product` is None).
 
-    like: a node of the shape of the scores.
+    like: sizes of the scores. factor: op and node of what else multiplies or divides the product.
+    residue: the mask operand is what `last` is for a product of zero.
     """
 
     last: fx.Node
@@ -36,6 +37,8 @@ class Candidate:
     like: Sequence[int | torch.SymInt]
     scale: float
     softcap: float
+    factor: tuple[str, fx.Node] | None = None
+    residue: bool = False
 
 
 def agrees(graph: Graph, candidate: Candidate, meaning: MaskMeaning) -> bool:
@@ -43,6 +46,8 @@ def agrees(graph: Graph, candidate: Candidate, meaning: MaskMeaning) -> bool:
     wanted = [candidate.last, *meaning.padding, *meaning.aux]
     if meaning.mask is not None:
         wanted.append(meaning.mask)
+    if candidate.factor is not None:
+        wanted.append(candidate.factor[1])
     nodes = _ancestors(wanted, candidate.product)
     if nodes is None or not all(_can_run(graph, node) for node in nodes):
         return True
@@ -52,17 +57,23 @@ def agrees(graph: Graph, candidate: Candidate, meaning: MaskMeaning) -> bool:
     return True
 
 
+def adds(product: fx.Node) -> bool:
+    """A baddbmm that adds something to its product."""
+    return is_call(product, torch.ops.aten.baddbmm.default) and argument(product, "beta") != 0
+
+
 def _ancestors(wanted: Sequence[fx.Node], product: fx.Node | None) -> list[fx.Node] | None:
     seen: set[fx.Node] = set()
     stack = list(wanted)
     while stack:
         node = stack.pop()
-        if node in seen or node is product:
+        if node in seen or (node is product and not adds(node)):
             continue
         seen.add(node)
         if len(seen) > _MOST_NODES:
             return None
-        stack.extend(node.all_input_nodes)
+        # What a baddbmm adds is part of the chain, its product is not.
+        stack.extend(node.all_input_nodes[:1] if node is product else node.all_input_nodes)
     return [n for n in wanted[0].graph.nodes if n in seen]
 
 
@@ -103,18 +114,33 @@ def _agrees_at(
     try:
         shape = _concrete(candidate.like, symbols)
         scores = torch.randn(shape, generator=generator)
-        values: dict[fx.Node, Any] = {}
         if candidate.product is not None:
             # Small and with few bits, so that half precision rounds little.
             scores = (scores * 8).round().clamp(-16, 16) / 16
-            own = _concrete(candidate.product.meta["val"].shape, symbols)
-            values[candidate.product] = scores.view(own).to(candidate.product.meta["val"].dtype)
-        for node in nodes:
-            values[node] = _run(graph, node, values, symbols, generator, claimed)
+        seed = int(torch.randint(1 << 30, (), generator=generator))
+
+        def run(product: Tensor) -> dict[fx.Node, Any]:
+            drawn = generator.manual_seed(seed)
+            values: dict[fx.Node, Any] = {}
+            if candidate.product is not None:
+                like = candidate.product.meta["val"]
+                own = product.view(_concrete(like.shape, symbols))
+                values[candidate.product] = own.to(like.dtype)
+            for node in nodes:
+                if node is candidate.product:
+                    more = values[node.all_input_nodes[0]] * argument(node, "beta")
+                    values[node] = values[node] + more
+                else:
+                    values[node] = _run(graph, node, values, symbols, drawn, claimed)
+            return values
+
+        values = run(scores)
         last = values[candidate.last]
         padding = [values[node].bool() for node in meaning.padding]
         aux = [values[node] for node in meaning.aux]
         mask = None if meaning.mask is None else values[meaning.mask]
+        if candidate.residue:
+            mask = run(torch.zeros_like(scores))[candidate.last].view(shape)
     except (RuntimeError, KeyError, IndexError, TypeError):
         # The example's sizes are not free to change (a buffer that is too small, a fixed batch).
         return True
@@ -131,6 +157,9 @@ def _agrees_at(
         four, mask, pad_BT, aux, meaning.causal, meaning.window, meaning.predicate, meaning.bias
     )
     found = scores.view(four) * (1.0 if candidate.product is None else candidate.scale)
+    if candidate.factor is not None:
+        op, node = candidate.factor
+        found = found * values[node] if op == "mul" else found / values[node]
     if candidate.softcap:
         found = candidate.softcap * torch.tanh(found / candidate.softcap)
     added, visible = masks.of(range(queries), torch.device("cpu"))

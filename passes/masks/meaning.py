@@ -25,6 +25,7 @@ from graphopt.ir.graph import Graph
 from graphopt.passes.masks import algebra as ia
 from graphopt.passes.masks.algebra import Expr, Read, Var
 from graphopt.passes.masks.arithmetic import ARITHMETIC
+from graphopt.passes.masks.numbers import NUMBERS, pointwise
 from graphopt.passes.masks.predicate_text import UnwrittenError, text
 from graphopt.passes.masks.values import MaskValues, as_kind, axis
 from graphopt.passes.masks.views import MOVING
@@ -61,7 +62,7 @@ class Unproven:
 
 def reader(graph: Graph) -> MaskValues:
     """Index algebra of a graph's nodes."""
-    return MaskValues(graph, {**ARITHMETIC, **MOVING})
+    return MaskValues(graph, {**ARITHMETIC, **MOVING, **NUMBERS}, pointwise)
 
 
 class _Meaning:
@@ -89,6 +90,8 @@ class _Meaning:
         if bias is not None and axis(3) in ia.variables(bias):
             bias_text = self._text(bias) or ""
             bias_node = None if bias_text else self._node_of(bias, "float", rank=4)
+            if not bias_text and bias_node is None:
+                bias_text = self._text(bias, by_key=True) or ""
             if not bias_text and bias_node is None:
                 return Unproven("bias-not-a-tensor", "the bias is no tensor of the graph")
         mask = bias_node
@@ -211,13 +214,16 @@ class _Meaning:
                     return False
         return True
 
-    def _text(self, e: Expr) -> str | None:
-        """The predicate's text; None when it would read tensors that are not small."""
+    def _text(self, e: Expr, by_key: bool = False) -> str | None:
+        """The predicate's text; None when it would read tensors that are not small. by_key: what
+        is the same for all queries may be read by batch, head and key."""
         order: dict[str, int] = {}
         for read in sorted(ia.reads(e), key=repr):
             node = self.values.named(read.tensor)
             varying = [i for i in read.indices if ia.variables(i)]
-            if node is None or len(varying) > _MOST_INDICES[ia.kind_of(e)]:
+            is_small = len(varying) <= _MOST_INDICES[ia.kind_of(e)]
+            is_small = is_small or (by_key and axis(2) not in ia.variables(read))
+            if node is None or not is_small:
                 return None
             if not self._within(read, node):
                 return None

@@ -11,7 +11,8 @@ bias of the visible leaves, however the model spells them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from graphopt.passes.masks import algebra as ia
 from graphopt.passes.masks.algebra import Expr, Read
@@ -21,14 +22,24 @@ HIDDEN = -1e4
 
 
 @dataclass(frozen=True, slots=True)
+class Factor:
+    """A factor (op "mul") or divisor ("div") of the scores that is no number: learned for each
+    head, or computed."""
+
+    op: str
+    value: Expr
+
+
+@dataclass(frozen=True, slots=True)
 class Affine:
     """scale * S + bias, or softcap * tanh(S * scale / softcap) + bias. bounded: tanh was applied
-    and its factor is not known yet."""
+    and its factor is not known yet. factor: of S too, in the first form."""
 
     scale: float
     softcap: float = 0.0
     bias: Expr | None = None
     bounded: bool = False
+    factor: Factor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +50,7 @@ class Scores:
     scale: float
     softcap: float
     bias: Expr | None
+    factor: Factor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +71,7 @@ def read_scores(element: Expr, product: Read) -> Scores | Unread:
         return affine
     if affine is None or affine.bounded or affine.scale == 0.0:
         return Unread("not-scores", "the softmax is not over a scaled product of two tensors")
-    return Scores(visible, affine.scale, affine.softcap, affine.bias)
+    return Scores(visible, affine.scale, affine.softcap, affine.bias, affine.factor)
 
 
 def read_additive(element: Expr) -> tuple[Expr, Expr | None]:
@@ -73,6 +85,18 @@ def read_additive(element: Expr) -> tuple[Expr, Expr | None]:
 def shows_nothing(element: Expr) -> bool:
     """True when every key is hidden."""
     return _split(element)[0] == ia.FALSE
+
+
+def keeps_rows(element: Expr) -> bool:
+    """True when a finite number added to the scores is all that hides keys: a query that sees
+    nothing then still tells its keys apart."""
+    if isinstance(element, ia.Call) and element.op == "where":
+        return all(map(keeps_rows, element.args[1:]))
+    if not _is_hidden(element):
+        return True
+    return isinstance(element, ia.Call) and all(
+        math.isfinite(part.value) for part in element.args if isinstance(part, ia.Num)
+    )
 
 
 def _is_hidden(e: Expr) -> bool:
@@ -115,18 +139,25 @@ def _affine(e: Expr, product: Read) -> Affine | Unread | None:
     inner = found[0]
     others = [a for a, p in zip(e.args, parts, strict=True) if p is None]
     if e.op == "tanh" and inner.bias is None and not inner.softcap and not inner.bounded:
-        return Affine(inner.scale, bounded=True)
+        return Affine(inner.scale, bounded=True) if inner.factor is None else _unread(e)
     if e.op in ("mul", "div") and isinstance(others[0], ia.Num):
         factor = float(others[0].value)
         if e.op == "div" and (parts[0] is None or factor == 0.0):
             return Unread("not-scores", "a division by the scores or by zero")
         return _scaled(inner, factor if e.op == "mul" else 1.0 / factor)
+    if e.op in ("mul", "div") and (e.op == "mul" or parts[0] is not None):
+        is_plain = inner == Affine(inner.scale)
+        return replace(inner, factor=Factor(e.op, others[0])) if is_plain else _unread(e)
     if e.op in ("add", "sub") and not (e.op == "sub" and parts[0] is None) and not inner.bounded:
         more = others[0]
         if e.op == "sub":
             more = ia.Call("mul", (more, ia.real(-1)))
         bias = more if inner.bias is None else ia.Call("add", (inner.bias, more))
-        return Affine(inner.scale, inner.softcap, bias)
+        return replace(inner, bias=bias)
+    return _unread(e)
+
+
+def _unread(e: ia.Call) -> Unread:
     return Unread("not-scores", f"{e.op} between the product and the softmax")
 
 
@@ -138,7 +169,7 @@ def _scaled(inner: Affine, factor: float) -> Affine | Unread:
     if inner.softcap:
         return Unread("scale-after-softcap", "scores are scaled after their softcap")
     bias = None if inner.bias is None else ia.Call("mul", (inner.bias, ia.real(factor)))
-    return Affine(inner.scale * factor, 0.0, bias)
+    return replace(inner, scale=inner.scale * factor, bias=bias)
 
 
 def _chosen(e: ia.Call, product: Read) -> Affine | Unread | None:
@@ -151,8 +182,8 @@ def _chosen(e: ia.Call, product: Read) -> Affine | Unread | None:
         return None
     if not isinstance(yes, Affine) or not isinstance(no, Affine):
         return Unread("masked-fill", "the value that is filled in does not hide a key")
-    if (yes.scale, yes.softcap, yes.bounded) != (no.scale, no.softcap, no.bounded):
+    if replace(yes, bias=None) != replace(no, bias=None):
         return Unread("not-scores", "scores are scaled differently in different places")
     zero = ia.real(0)
     bias = ia.choose(condition, *(zero if a.bias is None else a.bias for a in (yes, no)))
-    return Affine(yes.scale, yes.softcap, bias, yes.bounded)
+    return replace(yes, bias=bias)

@@ -1,11 +1,11 @@
 """The nodes of a mask subgraph as index algebra: what one element of each is.
 
-`MaskValues(graph, RULES).of(node)` gives a Grid: the sizes of the node's axes and one expression in
-the axis variables a0, a1, ... Everything that is not arithmetic of indices, constants and bits is a
-`Read` of the node itself, so that reading never fails; nodes of the model proper end up as that.
+`MaskValues(graph, RULES, fallback).of(node)` gives a Grid: the sizes of the node's axes and one
+expression in the axis variables a0, a1, ... Everything that is not arithmetic of indices, constants
+and bits is a `Read` of the node itself, so that reading never fails; nodes of the model proper end
+up as that. `baddbmm` is what it adds plus a `Read` of its product, which has a name of its own.
 
-Two facts go beyond the ops' definitions. Constant buffers of the form "one value on one side of
-the diagonal, another on the other" are recognised by comparing every element. An integer input
+Two facts go beyond the ops' definitions. Constants are read by `constants.py`. An integer input
 `[batch, sequence]` that is never embedded holds zeros and ones, as padding masks do.
 """
 
@@ -23,12 +23,14 @@ from torch import Tensor, fx
 from graphopt.ir.graph import Graph, argument, dtype_of, is_call
 from graphopt.passes.masks import algebra as ia
 from graphopt.passes.masks.algebra import Expr, Var
+from graphopt.passes.masks.constants import read_constant
 
 aten = torch.ops.aten
 # Integers up to here are exact in float32.
 _EXACT = (torch.float32, torch.float64)
+PRODUCT = ".product"
+"""Behind the name of a baddbmm: its product without what it adds. No node has such a name."""
 _NARROW = (torch.int8, torch.uint8, torch.int16)
-_LARGEST_BUFFER = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +69,11 @@ def kind(dtype: torch.dtype) -> str:
 
 
 class MaskValues:
-    """Reads masks of one graph by `rules` (op -> rule); remembers what it has read."""
+    """Reads masks of one graph by `rules` (op -> rule) and, where an op has none or its rule knows
+    nothing, by `fallback`; remembers what it has read."""
 
-    def __init__(self, graph: Graph, rules: Mapping[object, Rule]) -> None:
-        self.graph, self.rules = graph, rules
+    def __init__(self, graph: Graph, rules: Mapping[object, Rule], fallback: Rule) -> None:
+        self.graph, self.rules, self.fallback = graph, rules, fallback
         self._known: dict[fx.Node, Grid] = {}
 
     def of(self, node: fx.Node) -> Grid:
@@ -88,8 +91,9 @@ class MaskValues:
         return list(self._known)
 
     def named(self, tensor: str) -> fx.Node | None:
-        """The node that a `Read` names."""
-        return next((node for node in self.graph.nodes if node.name == tensor), None)
+        """The node that a `Read` names, or whose product it names."""
+        name = tensor.removesuffix(PRODUCT)
+        return next((node for node in self.graph.nodes if node.name == name), None)
 
     def operand(self, value: Any) -> Grid | None:
         """A node or a number."""
@@ -129,36 +133,18 @@ class MaskValues:
             return None
         sizes = tuple(map(size_expr, value.shape))
         if node.op == "get_attr":
-            return self._buffer(node, sizes)
+            data = self.graph.weights.get(str(node.target))
+            constant = None if data is None else read_constant(data)
+            return None if constant is None else Grid(sizes, constant)
         if node.op != "call_function":
             return None
         if node.target is operator.getitem:
             return None
-        rule = self.rules.get(node.target)
-        element = None if rule is None else rule(self, node, sizes)
+        rule = self.rules.get(node.target, self.fallback)
+        element = rule(self, node, sizes)
+        if element is None:
+            element = self.fallback(self, node, sizes)
         return None if element is None else Grid(sizes, element)
-
-    def _buffer(self, node: fx.Node, sizes: tuple[Expr, ...]) -> Grid | None:
-        """A constant buffer with one value on each side of a diagonal."""
-        data = self.graph.weights.get(str(node.target))
-        if data is None or data.device.type == "meta" or data.ndim < 2:
-            return None
-        rows, columns = data.shape[-2:]
-        if data.numel() != rows * columns or not 2 <= rows <= _LARGEST_BUFFER or rows != columns:
-            return None
-        square = data.reshape(rows, columns)
-        low, diagonal, high = square[1, 0], square[0, 0], square[0, 1]
-        i, j = torch.arange(rows)[:, None], torch.arange(columns)[None, :]
-        on_low = bool(diagonal == low)
-        if not on_low and not bool(diagonal == high):
-            return None
-        is_low = j <= i if on_low else j < i
-        if not torch.equal(square, torch.where(is_low, low, high)):
-            return None
-        rank = len(sizes)
-        a_i, a_j = axis(rank - 2), axis(rank - 1)
-        condition = ia.less_equal(a_j, a_i if on_low else ia.add(a_i, ia.integer(-1)))
-        return Grid(sizes, ia.choose(condition, ia.number(low.item()), ia.number(high.item())))
 
     def is_bits(self, read: Expr) -> bool:
         """An element of an integer input [batch, sequence] that is never embedded."""

@@ -10,8 +10,18 @@ from torch import fx
 from graphopt.ir.graph import argument, dtype_of, is_call
 from graphopt.passes.masks import algebra as ia
 from graphopt.passes.masks.algebra import Expr, Var
-from graphopt.passes.masks.arithmetic import overloads
-from graphopt.passes.masks.values import Grid, MaskValues, Rule, argument_or, as_kind, axis, kind
+from graphopt.passes.masks.arithmetic import float_leaf, overloads
+from graphopt.passes.masks.reshapes import reshape
+from graphopt.passes.masks.values import (
+    PRODUCT,
+    Grid,
+    MaskValues,
+    Rule,
+    argument_or,
+    as_kind,
+    axis,
+    kind,
+)
 
 aten = torch.ops.aten
 
@@ -46,6 +56,25 @@ def _same(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | 
     return None if x is None else as_kind(values, x, kind(dtype_of(node)), dtype_of(node))
 
 
+def _product_and_more(
+    values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]
+) -> Expr | None:
+    """baddbmm: beta * what it adds + its product, see `values.py`. The factor of the product is
+    not part of it."""
+    beta, more = values.operand(argument(node, "beta")), values.element(node.args[0], sizes)
+    if beta is None or more is None or not isinstance(beta.element, ia.Num):
+        return None
+    one = ia.integer(1)
+    at = tuple(ia.integer(0) if size == one else axis(i) for i, size in enumerate(sizes))
+    product = ia.Read(node.name + PRODUCT, at, kind(dtype_of(node)))
+    factor = ia.real(float(beta.element.value))
+    if factor == ia.real(0):
+        # By definition not even a NaN is added then.
+        return product
+    added = ia.over_leaves(more, lambda leaf: float_leaf("mul", leaf, factor))
+    return ia.over_leaves(added, lambda leaf: float_leaf("add", product, leaf))
+
+
 def _dropout(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
     is_on = argument(node, "train") and argument(node, "p")
     return None if is_on else _same(values, node, sizes)
@@ -73,19 +102,6 @@ def _transpose(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Ex
     a, b = (int(d) % rank for d in dims)
     order[a], order[b] = b, a
     return _moved(values, node, order)
-
-
-def _reshape(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
-    """Only what inserts and removes axes of size 1."""
-    assert isinstance(node.args[0], fx.Node)
-    grid, one = values.of(node.args[0]), ia.integer(1)
-    old = [i for i, size in enumerate(grid.sizes) if size != one]
-    new = [i for i, size in enumerate(sizes) if size != one]
-    if [grid.sizes[i] for i in old] != [sizes[i] for i in new]:
-        return None
-    moves: dict[Var, Expr] = {axis(i): ia.integer(0) for i in range(len(grid.sizes))}
-    moves |= {axis(i): axis(j) for i, j in zip(old, new, strict=True)}
-    return ia.substitute(grid.element, moves)
 
 
 def _slice(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
@@ -230,6 +246,7 @@ MOVING: dict[object, Rule] = {
         ),
         _same,
     ),
+    aten.baddbmm.default: _product_and_more,
     aten.dropout.default: _dropout,
     aten.permute.default: _permute,
     aten.transpose.int: _transpose,
@@ -241,9 +258,10 @@ MOVING: dict[object, Rule] = {
             aten._unsafe_view.default,
             aten.unsqueeze.default,
             aten.flatten.using_ints,
+            aten.unflatten.int,
             *overloads(aten.squeeze),
         ),
-        _reshape,
+        reshape,
     ),
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
