@@ -7,9 +7,8 @@ import re
 
 import pytest
 from helpers import public_models
-from helpers.public_measure import measure
+from helpers.public_measure import TOLERANCE, measure
 
-TOLERANCE = 1e-5
 PLACE = re.compile(r"\w+\.py:\d+|'\w+'")
 
 

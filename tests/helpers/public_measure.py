@@ -15,6 +15,8 @@ from graphopt.errors import GraphoptError
 from graphopt.program import Program
 from helpers.public_models.sample import Sample
 
+TOLERANCE = 1e-5
+"""Largest relative error in float32."""
 PROMPT, STEPS = (3, 9, 4, 7), 8
 """Token ids that greedy decoding starts from, and how many it adds."""
 

@@ -19,6 +19,12 @@ def names() -> list[str]:
     return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in _NO_MODELS)
 
 
+def style(name: str) -> str:
+    """The style of one file in words: the docstring of the file."""
+    text = import_module(f"{__name__}.{name}").__doc__ or ""
+    return " ".join(text.split()).rstrip(".")
+
+
 def build(name: str) -> Sample:
     """The model of one file, always with the same weights."""
     sample: Sample = import_module(f"{__name__}.{name}").build()

@@ -37,7 +37,7 @@ def tokens_of(vocabulary: int) -> Callable[[int, int], tuple[Tensor]]:
 
 
 def lively(module: AnyModule) -> AnyModule:
-    """In eval mode, every parameter moved: biases of zeros and norms of ones would hide mistakes."""
+    """In eval mode, every parameter moved: biases of 0 and norms of 1 would hide mistakes."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
