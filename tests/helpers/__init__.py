@@ -1,0 +1,1 @@
+"""Models and data that tests and benchmarks share."""
