@@ -346,9 +346,7 @@ def _read(
     factor = None if parts.factor is None else _factor(values, site, parts.factor, found.sizes)
     if parts.factor is not None and (factor is None or site.is_flat):
         return Unread("scale-by-data", "the scores are scaled by what is no factor of the queries")
-    scaled = replace(
-        site, scale=site.scale * parts.scale, softcap=parts.softcap, factor=factor
-    )
+    scaled = replace(site, scale=site.scale * parts.scale, softcap=parts.softcap, factor=factor)
     like = _four(scores, found.sizes)
     candidate = Candidate(scores, product, like, parts.scale, parts.softcap, factor)
     meaning = read_meaning(values, parts.visible, parts.bias, found.sizes)

@@ -56,9 +56,7 @@ def _same(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | 
     return None if x is None else as_kind(values, x, kind(dtype_of(node)), dtype_of(node))
 
 
-def _product_and_more(
-    values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]
-) -> Expr | None:
+def _product_and_more(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
     """baddbmm: beta * what it adds + its product, see `values.py`. The factor of the product is
     not part of it."""
     beta, more = values.operand(argument(node, "beta")), values.element(node.args[0], sizes)
@@ -130,6 +128,17 @@ def _select(values: MaskValues, node: fx.Node, _: tuple[Expr, ...]) -> Expr | No
         at = ia.add(grid.sizes[dim], at)
     later = {axis(i): axis(i - 1) for i in range(dim + 1, len(grid.sizes))}
     return ia.substitute(grid.element, {**later, axis(dim): at})
+
+
+def _index_select(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
+    assert isinstance(node.args[0], fx.Node)
+    dim = int(argument(node, "dim")) % len(sizes)
+    # A negative index is an error there, so none needs to be ruled out here.
+    at = values.element(argument(node, "index"), (sizes[dim],))
+    if at is None or ia.kind_of(at) != "int":
+        return None
+    moved = ia.substitute(at, {axis(0): axis(dim)})
+    return ia.substitute(values.of(node.args[0]).element, {axis(dim): moved})
 
 
 def _index(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
@@ -266,6 +275,7 @@ MOVING: dict[object, Rule] = {
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.index.Tensor: _index,
+    aten.index_select.default: _index_select,
     aten.cat.default: _concatenate,
     aten.diff.default: _difference,
     aten.cumsum.default: _cumulative_sum,
