@@ -65,7 +65,7 @@ def capture(
             f"cannot capture a {type(module).__name__}; give an nn.Module, an ExportedProgram "
             "or what graphopt.models.load returned"
         )
-    check_capturable(module)
+    check_capturable(module, isinstance(example, (Tensor, Sequence)))
     call = _bind(module, example)
     # torch.export takes one tensor given twice for one input.
     call = {n: v.clone() if isinstance(v, Tensor) else v for n, v in call.items()}

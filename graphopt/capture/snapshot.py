@@ -247,23 +247,25 @@ def _contents(value: Any) -> Any:
     return None
 
 
-def _items(path: str, contents: Any) -> list[tuple[str, Any]]:
-    if isinstance(contents, dict):
-        return [(f"{path}[{key!r}]", value) for key, value in contents.items()]
-    return [(f"{path}[{i}]", value) for i, value in enumerate(contents)]
-
-
 _MEMBERS = ("_parameters", "_buffers", "_modules")
+
+
+def _items(path: str, contents: Any) -> list[tuple[str, Any]]:
+    pairs = contents.items() if isinstance(contents, dict) else enumerate(contents)
+    return [(_join(path, key), value) for key, value in pairs]
 
 
 def _attributes(path: str, owner: Any, attributes: dict[str, Any]) -> list[tuple[str, Any]]:
     """The attributes' values with their paths; those of parameters, buffers and submodules."""
-    start = f"{path}." if path else ""
     is_module = isinstance(owner, nn.Module)
     return [
-        (path if is_module and name in _MEMBERS else f"{start}{name}", value)
+        (path if is_module and name in _MEMBERS else _join(path, name), value)
         for name, value in attributes.items()
     ]
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
 
 
 def _same(before: Any, now: Any) -> bool:
@@ -285,9 +287,8 @@ def _differences(path: str, before: Any, now: Any) -> list[Change]:
         return [Change(path, before, now)]
     if isinstance(before, list):
         before, now = dict(enumerate(before)), dict(enumerate(now))
-    start = f"{path}." if path else ""
     return [
-        Change(f"{start}{key}", before.get(key, _MISSING), now.get(key, _MISSING))
+        Change(_join(path, key), before.get(key, _MISSING), now.get(key, _MISSING))
         for key in {**before, **now}
         if before.get(key, _MISSING) is not now.get(key, _MISSING)
     ]
