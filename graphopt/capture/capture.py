@@ -18,6 +18,7 @@ from graphopt.capture.export import graph_from_exported
 from graphopt.capture.hf import attention_hooks
 from graphopt.capture.hf_probe import difference_found
 from graphopt.capture.mask_marker import take_out
+from graphopt.capture.snapshot import Change
 from graphopt.capture.source import ModelSource
 from graphopt.capture.untouched import check_forgets, each_run_untouched, untouched
 from graphopt.errors import CaptureError
@@ -118,8 +119,8 @@ def _exported(
     name: str,
 ) -> Graph:
     # TorchDynamo keeps the state apart itself, and would trace the keeping.
-    runs = contextlib.nullcontext([]) if strict else each_run_untouched(module)
-    with runs as changes:
+    changes: list[Change] = []
+    with contextlib.nullcontext() if strict else each_run_untouched(module, changes):
         program = export_module(module, call, axes, strict, name)
     graph = graph_from_exported(program, name)
     check_forgets(module, call, changes)

@@ -87,8 +87,8 @@ def graph_from_exported(
     """Turn an ExportedProgram into a `Graph`.
 
     symbol_names: expression of a symbolic size -> readable name.
-    Raises CaptureError for mutated state or inputs, higher-order ops, random numbers, weights of
-    other types than plain tensors, and outputs that are neither tensors nor None.
+    Raises CaptureError for mutated state or inputs, higher-order ops, weights of other types than
+    plain tensors, and outputs that are neither tensors nor None.
     """
     program = functional(program)
     signature = program.graph_signature
@@ -123,6 +123,7 @@ def graph_from_exported(
 
     new = fx.Graph()
     notes: tuple[str, ...] = ()
+    random: list[str] = []
     mapping: dict[fx.Node, Any] = {}
     weight_nodes: dict[str, fx.Node] = {}
     inputs: list[InputSpec] = []
@@ -152,10 +153,7 @@ def graph_from_exported(
                     f"({source_of(node) or node.name})"
                 )
             if is_random(node):
-                raise CaptureError(
-                    f"the model draws random numbers: {node.target} ({source_of(node)}); draw them "
-                    "outside and give them as an input"
-                )
+                random.append(f"{node.target} ({source_of(node)})")
             made = new.node_copy(node, mapping.__getitem__)
         else:
             raise CaptureError(f"node {node.name} of kind {node.op} (higher-order op?)")
@@ -172,6 +170,9 @@ def graph_from_exported(
             f"FX cannot name the weights of {name} in code: a module's name has a quote or a line "
             f"end in it; rename the module ({error.text or error})"
         ) from None
+    if random:
+        drawn = ", ".join(dict.fromkeys(random))
+        notes += (f"the model draws random numbers, so that no two runs are equal: {drawn}",)
     graph = Graph(
         name,
         gm,

@@ -41,7 +41,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def _surroundings() -> Iterator[None]:
     """Put back the process-wide state that a forward may change."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    has_cuda: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if has_cuda else ()
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()
     numpy_state = None if numpy is None else numpy.random.get_state()
@@ -62,13 +63,12 @@ def _surroundings() -> Iterator[None]:
 
 
 @contextmanager
-def each_run_untouched(module: nn.Module) -> Iterator[list[Change]]:
+def each_run_untouched(module: nn.Module, changes: list[Change]) -> Iterator[None]:
     """Within, every run of `module.forward` starts from the same state.
 
     torch.export runs forward more than once; what the first run kept would be read by the next.
-    What it returns is made `outputs.plain`. The list is filled with what the last run had rebound.
+    What it returns is made `outputs.plain`. changes: filled with what the last run had rebound.
     """
-    changes: list[Change] = []
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -83,7 +83,7 @@ def each_run_untouched(module: nn.Module) -> Iterator[list[Change]]:
     previous = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:
-        yield changes
+        yield
     finally:
         del module.__dict__["forward"]
         if previous is not None:

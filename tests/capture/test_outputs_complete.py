@@ -110,6 +110,15 @@ def test_none_is_named_in_a_note() -> None:
     assert list(graph.notes) == graphopt.compile(model, torch.randn(2, 4)).report.notes
 
 
+def test_random_numbers_are_named_in_a_note() -> None:
+    graph = capture(Net(lambda x, y: y + torch.rand(4)).eval(), torch.randn(2, 4))
+    (note,) = graph.notes
+    assert "draws random numbers" in note
+    assert "aten.rand.default (test_outputs_complete.py:" in note
+    quiet = Net(lambda x, y: nn.functional.dropout(y, 0.5, training=False)).eval()
+    assert capture(quiet, torch.randn(2, 4)).notes == ()
+
+
 @pytest.mark.parametrize("by_config", [False, True])
 def test_attention_weights_and_hidden_states(by_config: bool) -> None:
     model = tiny_llama(attn_implementation="eager")
