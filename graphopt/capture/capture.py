@@ -18,6 +18,7 @@ from graphopt.capture.export import graph_from_exported
 from graphopt.capture.hf import attention_hooks
 from graphopt.capture.hf_probe import difference_found
 from graphopt.capture.mask_marker import take_out
+from graphopt.capture.snapshot import Change
 from graphopt.capture.source import ModelSource
 from graphopt.capture.untouched import check_forgets, each_run_untouched, untouched
 from graphopt.errors import CaptureError
@@ -65,7 +66,7 @@ def capture(
             f"cannot capture a {type(module).__name__}; give an nn.Module, an ExportedProgram "
             "or what graphopt.models.load returned"
         )
-    check_capturable(module)
+    check_capturable(module, isinstance(example, (Tensor, Sequence)))
     call = _bind(module, example)
     # torch.export takes one tensor given twice for one input.
     call = {n: v.clone() if isinstance(v, Tensor) else v for n, v in call.items()}
@@ -118,8 +119,8 @@ def _exported(
     name: str,
 ) -> Graph:
     # TorchDynamo keeps the state apart itself, and would trace the keeping.
-    runs = contextlib.nullcontext([]) if strict else each_run_untouched(module)
-    with runs as changes:
+    changes: list[Change] = []
+    with contextlib.nullcontext() if strict else each_run_untouched(module, changes):
         program = export_module(module, call, axes, strict, name)
     graph = graph_from_exported(program, name)
     check_forgets(module, call, changes)
