@@ -43,7 +43,9 @@ def load_gguf(
     weights: Literal["dense", "packed"],
     config: Config,
 ) -> ModelSource:
-    """Load the GGUF file `path`, or all parts of the model it is one of; `config` says where a converted tokenizer is kept.
+    """Load the GGUF file `path`, or all parts of the model it is one of.
+
+    config: says where a converted tokenizer is kept.
 
     Raises WeightFormatError for a damaged file or one whose tensors do not fit its metadata,
     UnsupportedError for architectures, features and block types that are not supported.

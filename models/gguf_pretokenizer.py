@@ -77,9 +77,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     **dict.fromkeys(("stablelm2", "grok-2"), PreTokenizer(_QWEN2)),
     "qwen35": PreTokenizer(_QWEN35),
     "tekken": PreTokenizer(_TEKKEN, ignore_merges=True),
-    **dict.fromkeys(
-        ("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), PreTokenizer(_GPT4O)
-    ),  # fmt: skip
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), PreTokenizer(_GPT4O)),
     "deepseek-coder": PreTokenizer(_DEEPSEEK_CODER),
     **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm"), PreTokenizer(_DEEPSEEK3)),
     "falcon": PreTokenizer(_FALCON),

@@ -1,8 +1,8 @@
 """The tokenizer inside a GGUF file, converted once and cached.
 
-Rule: a `tokenizer.*` key is read, known to change nothing, or the file's tokenizer is not used, with
-a warning that names the key and its value: the model itself still works on token ids. Two kinds are
-read (`tokenizer.ggml.model`): byte-level BPE ("gpt2"), built here from vocabulary, merges and the
+Rule: a `tokenizer.*` key is read, known to change nothing, or the file's tokenizer is not used and
+a warning names the key and its value: the model itself still works on token ids. Two kinds are read
+(`tokenizer.ggml.model`): byte-level BPE ("gpt2"), built here from vocabulary, merges and the
 cuts that `tokenizer.ggml.pre` names, and SentencePiece ("llama"), converted by transformers.
 
 Converting takes seconds, so the result is kept in `<cache>/tokenizers/`, keyed by the digest of the
@@ -93,9 +93,7 @@ def load_tokenizer(file: GgufFile, config: Config) -> Any:
         if not folder.is_dir():
             _save(_convert(file), folder)
     except _NotReadError as error:
-        warnings.warn(
-            f"no tokenizer: {file.path} {error}; the model takes token ids", stacklevel=2
-        )
+        warnings.warn(f"no tokenizer: {file.path} {error}; the model takes token ids", stacklevel=2)
         return None
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 

@@ -90,8 +90,8 @@ def write_gguf(
     """Write `model` and return what each tensor dequantizes to, in Hugging Face's row order.
 
     quantize: block type of a matrix from its GGUF name. replace: GGUF tensors to put in place of
-    the model's (None: leave out). keys: architecture-prefixed metadata to add or replace (None: leave
-    out).
+    the model's (None: leave out). keys: architecture-prefixed metadata to add or replace, or to
+    leave out (None).
     """
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)

@@ -10,7 +10,17 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 
 from graphopt.models.gguf_pretokenizer import DEFAULT, PRE_TOKENIZERS, PreTokenizer
 
-POOL = [*"aZé日ḿ ḱß 19½²'.,!?$<=>`~_-(\n\r\t", "  ", "'s", "'LL", "don't", " The", "123", "\u0301", "😀"]
+POOL = [
+    *"aZé日ḿ ḱß 19½²'.,!?$<=>`~_-(\n\r\t",
+    "  ",
+    "'s",
+    "'LL",
+    "don't",
+    " The",
+    "123",
+    "\u0301",
+    "😀",
+]
 
 
 def cutter(cuts: PreTokenizer) -> pre_tokenizers.PreTokenizer:

@@ -191,7 +191,9 @@ def test_sampling_settings_by_name() -> None:
         match=r"'max_new_tokens'; there are max_tokens, .*; did you mean 'max_tokens'\?",
     ):
         sampling_params(None, {"max_new_tokens": 3})
-    with pytest.raises(RequestError, match=r"'xyz'; there are max_tokens, .*begin_suppress_tokens$"):
+    with pytest.raises(
+        RequestError, match=r"'xyz'; there are max_tokens, .*begin_suppress_tokens$"
+    ):
         sampling_params(None, {"xyz": 3})
 
 
