@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.codegen.cpu.abi import Op, Sym
-from graphopt.codegen.cpu.dtypes import FLOATS
+from graphopt.codegen.cpu.dtypes import FLOATS, NATIVE_DTYPES
 from graphopt.codegen.cpu.plan import HostStep, NativeStep, Plan, PlanBuilder
 from graphopt.codegen.cpu.views import Extent, View, row_major
 from graphopt.errors import BackendError
@@ -156,8 +156,18 @@ class Lowering:
         self.plan.steps.append(step)
 
     def copy(self, source: View, target: View) -> None:
-        """Element-wise copy or cast between views of one shape."""
-        elementwise(self, Op.OP_UNARY, [target, source], (0,))
+        """Element-wise copy or cast between views of one shape; torch's for dtypes without a kernel
+        (float64, complex)."""
+        if all(view.dtype in NATIVE_DTYPES for view in (source, target)):
+            elementwise(self, Op.OP_UNARY, [target, source], (0,))
+            return
+
+        def run(tensor: Callable[[View | Extent], Any]) -> None:
+            tensor(target).copy_(tensor(source))
+
+        value = self.plan.value
+        step = HostStep(run, (target, source), f"copy of {value}", "copy", value)
+        self.plan.steps.append(step)
 
     def dense(self, view: View) -> View:
         """`view` itself when it is dense with rows slowest, else a dense copy."""

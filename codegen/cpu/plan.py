@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from graphopt.codegen.backend import KernelCall
-from graphopt.codegen.cpu.abi import Dim, DType, Instr, Op, Operand, Sym
+from graphopt.codegen.cpu.abi import Dim, Instr, Op, Operand, Sym
 from graphopt.codegen.cpu.dtypes import NATIVE_DTYPES
 from graphopt.codegen.cpu.views import Extent, View
+from graphopt.errors import BackendError
 
 ALIGNMENT = 64
 ARENA = 0
@@ -261,7 +262,9 @@ def _instr(step: NativeStep, wait: bool, places: dict[int, tuple[int, int, int]]
     for i, view in enumerate(step.operands):
         if view is not None:
             base, fixed, per_token = places[view.buffer]
-            dtype = NATIVE_DTYPES.get(view.dtype, DType.U8)
+            dtype = NATIVE_DTYPES.get(view.dtype)
+            if dtype is None:
+                raise BackendError(f"{step.op.name} has no kernel for {view.dtype} ({step.value})")
             instr.operands[i] = Operand(base, dtype, fixed + view.offset, per_token)
     for i, extent in enumerate(step.dims):
         instr.dims[i] = Dim(extent.mult, extent.sym)

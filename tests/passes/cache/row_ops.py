@@ -120,7 +120,11 @@ KEEPS: dict[str, Body] = {
     "complex": lambda x, w, ids: _turn_by_complex_numbers(x),
     "double": lambda x, w, ids: (x.double() @ w[:8].double()).type_as(x),
     "half": lambda x, w, ids: x.half().cumsum(-1).to(x),
-    "double_heads": lambda x, w, ids: _heads(x).double().transpose(1, 2).flatten(2).float(),
+    "double_heads": lambda x, w, ids: x.double().view(*x.shape[:2], 2, 4).mT.flatten(2).float(),
+    "complex_heads": lambda x, w, ids: (
+        torch.complex(x, x.cos()).view(*x.shape[:2], 2, 4).mT.flatten(2).real
+    ),
+    "double_at_the_end": lambda x, w, ids: x.double() * 3,
     "integer_heads": lambda x, w, ids: (x * 9).long().view(*x.shape[:2], 2, 4).mT.flatten(2) * 0.1,
     "cosine": lambda x, w, ids: x * F.cosine_similarity(x, w[0], dim=-1)[..., None],
     "dropout_off": lambda x, w, ids: F.rrelu(F.alpha_dropout(x, 0.5, training=False)),
