@@ -73,7 +73,7 @@ def capture(
     if isinstance(module, PreTrainedModel) and "use_cache" in _parameters(module):
         call.setdefault("use_cache", False)
     axes = _axes(tensors, dynamic)
-    with _materialised(module), torch.no_grad():
+    with _materialised(module), _no_fast_path(), torch.no_grad():
         graph = _graph(module, _in_order(module, call), axes, strict, source.name)
     for name in list(graph.weights):
         if name in source.packed:
@@ -213,6 +213,18 @@ def _symbol_names(
                     taken = chosen in names.values()
                     names[str(size)] = f"{node.name}_{axis}" if taken else chosen
     return names
+
+
+@contextlib.contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """nn.MultiheadAttention and nn.TransformerEncoder as they are written: in eval mode torch would
+    run one opaque op for a layer, and cut or zero what is padding."""
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_enabled)
 
 
 @contextlib.contextmanager
