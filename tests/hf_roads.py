@@ -94,8 +94,9 @@ def exported(model: PreTrainedModel, family: Family, masked: bool) -> ExportedPr
     call = call_of(model, family.inputs(*EXAMPLE, masked))
     dims = {
         "batch": Dim("batch", max=1024),
-        "sequence": Dim("sequence", max=MAX_POSITIONS),
-        "target": Dim("target", max=MAX_POSITIONS),
+        # A cut of a table is a view of the whole table at its full length: export tells them apart.
+        "sequence": Dim("sequence", max=MAX_POSITIONS - 1),
+        "target": Dim("target", max=MAX_POSITIONS - 1),
     }
     axes = family.axes(masked)
     shapes = {

@@ -77,7 +77,7 @@ def capture(
         call.setdefault("use_cache", False)
     axes = _axes(tensors, dynamic)
     call = _in_order(module, call)
-    with untouched(module), _materialised(module), torch.no_grad():
+    with untouched(module), _materialised(module), _no_fast_path(), torch.no_grad():
         graph = _graph(module, call, axes, strict, source.name)
     for name in list(graph.weights):
         if name in source.packed:
@@ -233,6 +233,18 @@ def _symbol_names(
                     taken = chosen in names.values()
                     names[str(size)] = f"{node.name}_{axis}" if taken else chosen
     return names
+
+
+@contextlib.contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """nn.MultiheadAttention and nn.TransformerEncoder as they are written: in eval mode torch would
+    run one opaque op for a layer, and cut or zero what is padding."""
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_enabled)
 
 
 @contextlib.contextmanager

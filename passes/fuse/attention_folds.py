@@ -1,7 +1,7 @@
 """Heads that were folded into the batch, taken apart again.
 
-    [B, H, S, D] -> view [B * H, S, D]
-    [S, B, H * D] -> view [S, B * H, D] -> transpose(0, 1)      nn.MultiheadAttention
+[B, H, S, D] -> view [B * H, S, D]
+[S, B, H * D] -> view [S, B * H, D] -> transpose(0, 1)      nn.MultiheadAttention
 """
 
 from __future__ import annotations

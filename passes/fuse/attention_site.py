@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from graphopt.ir.graph import Graph, argument, dtype_of, is_call, op_name, shape_of
+from graphopt.ir.graph import Graph, argument, dtype_of, op_name, shape_of
 from graphopt.passes.base import Reject
 from graphopt.passes.fuse.attention_folds import unfolded
 from graphopt.passes.fuse.attention_operands import (
@@ -71,7 +71,8 @@ class AttentionSite:
         """Where three axes get a fourth: heads apart, or heads of one batch where masks tell the
         first axis apart."""
         meaning = self.meaning
-        is_masked = meaning.mask or meaning.padding or meaning.predicate or meaning.bias
+        is_padded = meaning.padding or meaning.hidden
+        is_masked = meaning.mask or is_padded or meaning.predicate or meaning.bias
         return 0 if is_masked or self.sinks or self.residue else 1
 
     def dense(self, mask: fx.Node, why: str) -> AttentionSite:
@@ -346,9 +347,7 @@ def _read(
     factor = None if parts.factor is None else _factor(values, site, parts.factor, found.sizes)
     if parts.factor is not None and (factor is None or site.is_flat):
         return Unread("scale-by-data", "the scores are scaled by what is no factor of the queries")
-    scaled = replace(
-        site, scale=site.scale * parts.scale, softcap=parts.softcap, factor=factor
-    )
+    scaled = replace(site, scale=site.scale * parts.scale, softcap=parts.softcap, factor=factor)
     like = _four(scores, found.sizes)
     candidate = Candidate(scores, product, like, parts.scale, parts.softcap, factor)
     meaning = read_meaning(values, parts.visible, parts.bias, found.sizes)
