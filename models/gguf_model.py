@@ -30,6 +30,7 @@ from graphopt.ir.weights import PackedWeight
 from graphopt.models.gguf_blocks import PACKABLE, pack_blocks, take_rows
 from graphopt.models.gguf_config import architecture_of, build_config, end_token_ids, gguf_names
 from graphopt.models.gguf_file import GgufFile, GgufTensor
+from graphopt.models.gguf_keys import short
 from graphopt.models.gguf_split import open_model
 from graphopt.models.gguf_tokenizer import load_tokenizer
 from graphopt.models.meta import meta_parameters
@@ -84,7 +85,15 @@ def load_gguf(
         eos_token_ids=end_token_ids(file),
         dtype=dtype,
         sampling={"suppress_tokens": never} if never else {},
-        notes=notes,
+        notes=(*notes, *_told(file, never)),
+    )
+
+
+def _told(file: GgufFile, never: list[int] | None) -> tuple[str, ...]:
+    if not never:
+        return ()
+    return (
+        f"{file.path.name}: tokenizer.ggml.suppress_tokens={short(never)}: default of generate",
     )
 
 
