@@ -116,14 +116,13 @@ from graphopt.oracle import outputs_of, relative_error
 folder = Path(__file__).parent
 weights = load_file(folder / "weights.safetensors")
 inputs = [tensor for _, tensor in sorted(load_file(folder / "inputs.safetensors").items())]
-before, after = (
-    outputs_of(
-        # Ops of a library of your own: import it above.
-        parse_graph((folder / f"{name}.gir").read_text(), weights, namespaces=NAMESPACES),
-        inputs,
-    )
+# Ops of a library of your own: import it above.
+graphs = [
+    parse_graph((folder / f"{name}.gir").read_text(), weights, namespaces=NAMESPACES)
     for name in ("before", "after")
-)
+]
+before = outputs_of(graphs[0], inputs)
+after = outputs_of(graphs[1], inputs, like=before)
 print((folder / "rewrite.diff").read_text())
 print(f"relative error of this rewrite: {relative_error(after, before):.3e}")
 '''
@@ -235,7 +234,7 @@ class _Search:
         """Relative error, None with an oracle of the caller's own."""
         if self.is_good is not None:
             return None
-        return relative_error(outputs_of(graph, self.inputs), self.expected)
+        return relative_error(outputs_of(graph, self.inputs, self.expected), self.expected)
 
     def good(self, graph: Graph) -> bool:
         """The verdict; an exception is a bad one."""

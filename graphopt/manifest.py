@@ -121,7 +121,8 @@ def _record(
         if not legal[name](value):
             raise ProgramFormatError(f"{wrong}has {name}={value!r}")
     for field in fields(cls):
-        if field.default is MISSING and field.name not in data:
+        is_needed = field.default is MISSING and field.default_factory is MISSING
+        if is_needed and field.name not in data:
             raise ProgramFormatError(f"{wrong}has no {field.name!r}")
     return cls(**{k: _value(v) for k, v in data.items()})
 

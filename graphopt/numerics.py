@@ -73,7 +73,7 @@ class NumericsCheck:
                 "the passes before that are not checked (weights='dense' checks all)"
             )
             return
-        found = outputs_of(graph, self._inputs)
+        found = outputs_of(graph, self._inputs, self._expected)
         change = measure(pass_.name, found, self._expected)
         allowed = allowance(pass_, self._expected)
         self.report.numerics.append(change)

@@ -21,9 +21,13 @@ from graphopt.ir.graph import Graph
 BLOCK_SIZE = 16
 
 
-def whole_prompt_logits(executable: ServingExecutable, ids_BS: Tensor) -> Tensor:
+def whole_prompt_logits(
+    executable: ServingExecutable, ids_BS: Tensor, returned: Sequence[int | torch.SymInt] = ()
+) -> Tensor:
     """Logits `[B, S, V]` of one step over B whole prompts.
 
+    returned: sizes of what the model returns; for `[B, V]` and `[B, 1, V]`, symbolic sizes aside,
+    the last rows are given in that shape.
     Raises RequestError for prompts longer than the model's context.
     """
     batch, length = ids_BS.shape
@@ -34,6 +38,9 @@ def whole_prompt_logits(executable: ServingExecutable, ids_BS: Tensor) -> Tensor
     tables = torch.arange(batch * blocks).view(batch, blocks)
     positions = torch.arange(length)
     slots = tables[:, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+    is_flat = len(returned) == 2
+    is_last = is_flat or (len(returned) == 3 and isinstance(returned[1], int) and returned[1] == 1)
+    last = torch.arange(1, batch + 1) * length - 1
     logits = executable(
         cache,
         tokens=ids_BS.reshape(-1).contiguous(),
@@ -42,13 +49,18 @@ def whole_prompt_logits(executable: ServingExecutable, ids_BS: Tensor) -> Tensor
         query_start=torch.arange(batch + 1) * length,
         kv_lens=torch.full((batch,), length),
         block_tables=tables.contiguous(),
-        logit_rows=torch.arange(batch * length),
+        logit_rows=last if is_last else torch.arange(batch * length),
     )
-    return logits.view(batch, length, -1)
+    if is_flat:
+        return logits
+    return logits.view(batch, 1 if is_last else length, -1)
 
 
-def outputs_of(graph: Graph, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """All outputs, by the ops' definitions. `inputs`: of the captured form, for both forms.
+def outputs_of(
+    graph: Graph, inputs: Sequence[Tensor], like: Sequence[Tensor] = ()
+) -> tuple[Tensor, ...]:
+    """All outputs, by the ops' definitions. `inputs`: of the captured form, for both forms. like:
+    outputs of the captured form; a serving graph gives the rows that they have, all by default.
 
     Raises BackendError when the weights have no data.
     """
@@ -59,7 +71,7 @@ def outputs_of(graph: Graph, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if graph.dialect == "captured":
             return tuple(backend.lower(graph)(*inputs))
         executable = backend.lower_serving(graph, None, None)
-        return (whole_prompt_logits(executable, inputs[0]),)
+        return (whole_prompt_logits(executable, inputs[0], like[0].shape if like else ()),)
 
 
 def random_inputs(graph: Graph, seed: int = 0) -> tuple[Tensor, ...]:

@@ -24,7 +24,7 @@ from graphopt.codegen.backend import (
 )
 from graphopt.errors import RequestError, RowDependenceError, did_you_mean
 from graphopt.inputs import check_inputs, input_types
-from graphopt.ir.graph import Graph
+from graphopt.ir.graph import Graph, shape_of
 from graphopt.oracle import whole_prompt_logits
 from graphopt.report import Rejection, Report
 from graphopt.runtime import Completion, Engine, SamplingParams, TokenEvent
@@ -115,7 +115,8 @@ class Program:
         )
 
     def __call__(self, *inputs: Tensor, **named: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Logits `[B, S, V]` for ids `[B, S]`, like the model's forward.
+        """Logits `[B, S, V]` for ids `[B, S]`, or what the model's forward returns (the last row,
+        say).
 
         Models with other inputs (a padding mask) take them in the captured order or by name.
         Raises RequestError when inputs are missing, unknown, of another dtype or shape than the
@@ -126,7 +127,8 @@ class Program:
         check_inputs(self._input_types, values)
         try:
             if self._serving is not None and len(values) == 1:
-                return whole_prompt_logits(self.executable, values[0])
+                (logits,) = self.graph.output_nodes
+                return whole_prompt_logits(self.executable, values[0], shape_of(logits))
             if self._forward is None:
                 self._forward = self._backend.lower(self._with_weights(self.graph))
             outputs = self._forward(*values)

@@ -2,8 +2,8 @@
 
 Supported architectures: llama (Llama, Mistral, SmolLM...), qwen2, qwen3; dense decoder layers with
 plain or linearly scaled RoPE. What the metadata asks for beyond that (experts, YaRN, rope factor
-tensors, partial rotation, another architecture) raises UnsupportedError: a model that ran but
-computed something else would be worse.
+tensors, partial rotation, another architecture, and every key that `gguf_keys` does not know)
+raises UnsupportedError: a model that ran but computed something else would be worse.
 """
 
 from __future__ import annotations
@@ -17,13 +17,18 @@ from transformers import AutoConfig, PretrainedConfig
 
 from graphopt.errors import UnsupportedError, WeightFormatError
 from graphopt.models.gguf_file import GgufFile
+from graphopt.models.gguf_keys import check_keys, uniform
 
 # Control tokens that end a turn or a document in the model families above. Files name only one of
 # them as eos; llama.cpp stops at all of these, and so do we.
 _END_TEXTS = frozenset(
-    {"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>", "<|eom_id|>"}
+    {
+        *("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<|end|>", "<|eom_id|>"),
+        *("<end_of_turn>", "<end_of_utterance>", "<EOT>", "[EOT]", "<｜end▁of▁sentence｜>"),
+    }
 )
-_CONTROL_TOKEN = 3
+# Some converters mark an end token as one that the user added.
+_CONTROL_TYPES = (3, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +61,15 @@ def architecture_of(file: GgufFile) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def build_config(file: GgufFile) -> PretrainedConfig:
-    """The Hugging Face configuration. Raises UnsupportedError and WeightFormatError."""
+def build_config(file: GgufFile) -> tuple[PretrainedConfig, tuple[str, ...]]:
+    """The Hugging Face configuration, and what a user should know of keys that are not in it.
+
+    Raises UnsupportedError and WeightFormatError.
+    """
     meta = _Metadata(file)
     architecture = architecture_of(file)
     _refuse_what_is_not_modelled(file, meta)
+    notes = check_keys(file.path, file.metadata, file.metadata["general.architecture"])
     hidden, heads = meta["embedding_length"], meta["attention.head_count"]
     head_dim = meta.get("attention.key_length", meta.get("rope.dimension_count", hidden // heads))
     if meta.get("rope.dimension_count", head_dim) != head_dim:
@@ -69,7 +78,7 @@ def build_config(file: GgufFile) -> PretrainedConfig:
             "head; only full rotation is supported"
         )
     settings: dict[str, Any] = {
-        "vocab_size": _vocabulary_size(file),
+        "vocab_size": _vocabulary_size(file, meta),
         "hidden_size": hidden,
         "intermediate_size": meta["feed_forward_length"],
         "num_hidden_layers": meta["block_count"],
@@ -88,7 +97,7 @@ def build_config(file: GgufFile) -> PretrainedConfig:
         settings["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     if architecture.model_type == "llama":
         settings["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
-    return AutoConfig.for_model(architecture.model_type, **settings)
+    return AutoConfig.for_model(architecture.model_type, **settings), notes
 
 
 def gguf_names(file: GgufFile, parameters: Iterable[str]) -> dict[str, str]:
@@ -125,7 +134,7 @@ def end_token_ids(file: GgufFile) -> tuple[int, ...]:
     ids.update(
         index
         for index, (token, type_) in enumerate(zip(tokens, types, strict=False))
-        if type_ == _CONTROL_TOKEN and token in _END_TEXTS
+        if type_ in _CONTROL_TYPES and token in _END_TEXTS
     )
     return tuple(sorted(ids))
 
@@ -135,16 +144,18 @@ class _Metadata:
 
     def __init__(self, file: GgufFile) -> None:
         self._file = file
+        self.path = file.path
         self._prefix = file.metadata.get("general.architecture")
 
     def __getitem__(self, key: str) -> Any:
         value = self.get(key)
         if value is None:
-            raise WeightFormatError(f"{self._file.path} lacks the key {self._prefix}.{key}")
+            raise WeightFormatError(f"{self.path} lacks the key {self._prefix}.{key}")
         return value
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self._file.metadata.get(f"{self._prefix}.{key}", default)
+        name = f"{self._prefix}.{key}"
+        return uniform(self.path, name, self._file.metadata.get(name, default))
 
 
 def _refuse_what_is_not_modelled(file: GgufFile, meta: _Metadata) -> None:
@@ -171,16 +182,26 @@ def _rope_parameters(meta: _Metadata) -> dict[str, Any]:
         "rope_type": "default",
         "rope_theta": meta.get("rope.freq_base", 10000.0),
     }
-    scaling = meta.get("rope.scaling.type", "none")
+    # As in llama.cpp: a factor without a type scales linearly, and 0 stands for none.
+    factor = meta.get("rope.scaling.factor", meta.get("rope.scale_linear", 0.0)) or 1.0
+    scaling = meta.get("rope.scaling.type", "linear" if factor != 1.0 else "none")
     if scaling == "linear":
-        parameters |= {"rope_type": "linear", "factor": meta["rope.scaling.factor"]}
+        parameters |= {"rope_type": "linear", "factor": factor}
     elif scaling != "none":
-        raise UnsupportedError(f"RoPE scaling {scaling!r} of a GGUF file; none and linear are read")
+        raise UnsupportedError(
+            f"{meta.path} has rope.scaling.type={scaling!r}; none and linear are read"
+        )
     return parameters
 
 
-def _vocabulary_size(file: GgufFile) -> int:
+def _vocabulary_size(file: GgufFile, meta: _Metadata) -> int:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
         raise WeightFormatError(f"{file.path} lacks the tensor token_embd.weight")
-    return embedding.shape[0]
+    rows = embedding.shape[0]
+    stated = meta.get("vocab_size", rows)
+    if stated != rows:
+        raise WeightFormatError(
+            f"{file.path} says vocab_size={stated!r}, but token_embd.weight has {rows} rows"
+        )
+    return rows

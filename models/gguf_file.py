@@ -48,12 +48,13 @@ class GgufTensor:
     """One entry of the tensor table.
 
     shape: in PyTorch's order (rows first), the reverse of the file's.
-    offset: bytes from the start of the file.
+    path: the file that holds it. offset: bytes from that file's start.
     """
 
     name: str
     shape: tuple[int, ...]
     type: GGMLQuantizationType
+    path: Path
     offset: int
 
     @property
@@ -84,9 +85,9 @@ class GgufFile:
 
     def read(self, tensor: GgufTensor) -> NDArray[np.uint8]:
         """The tensor's raw bytes, uint8 `[*shape[:-1], row_bytes]`, owned by the caller."""
-        raw = np.fromfile(self.path, dtype=np.uint8, count=tensor.nbytes, offset=tensor.offset)
+        raw = np.fromfile(tensor.path, dtype=np.uint8, count=tensor.nbytes, offset=tensor.offset)
         if raw.size != tensor.nbytes:
-            raise WeightFormatError(f"{self.path} is truncated inside tensor {tensor.name}")
+            raise WeightFormatError(f"{tensor.path} is truncated inside tensor {tensor.name}")
         return raw.reshape(*tensor.shape[:-1], tensor.row_bytes)
 
 
@@ -142,7 +143,8 @@ class _Header:
             table.append((name, shape, self._block_type(name), self._scalar("Q")))
         base = -(-self._file.tell() // alignment) * alignment
         return [
-            GgufTensor(name, shape, type_, base + offset) for name, shape, type_, offset in table
+            GgufTensor(name, shape, type_, self._path, base + offset)
+            for name, shape, type_, offset in table
         ]
 
     def _value(self, type_: GGUFValueType) -> Any:

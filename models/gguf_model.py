@@ -29,7 +29,9 @@ from graphopt.errors import UnsupportedError, WeightFormatError
 from graphopt.ir.weights import PackedWeight
 from graphopt.models.gguf_blocks import PACKABLE, pack_blocks, take_rows
 from graphopt.models.gguf_config import architecture_of, build_config, end_token_ids, gguf_names
-from graphopt.models.gguf_file import GgufFile, GgufTensor, open_gguf
+from graphopt.models.gguf_file import GgufFile, GgufTensor
+from graphopt.models.gguf_keys import short
+from graphopt.models.gguf_split import open_model
 from graphopt.models.gguf_tokenizer import load_tokenizer
 from graphopt.models.meta import meta_parameters
 
@@ -42,13 +44,15 @@ def load_gguf(
     weights: Literal["dense", "packed"],
     config: Config,
 ) -> ModelSource:
-    """Load the GGUF file `path`; `config` says where a converted tokenizer is kept.
+    """Load the GGUF file `path`, or all parts of the model it is one of.
+
+    config: says where a converted tokenizer is kept.
 
     Raises WeightFormatError for a damaged file or one whose tensors do not fit its metadata,
     UnsupportedError for architectures, features and block types that are not supported.
     """
-    file = open_gguf(path)
-    hf_config = build_config(file)
+    file = open_model(path)
+    hf_config, notes = build_config(file)
     with meta_parameters():
         module = AutoModelForCausalLM.from_config(hf_config, dtype=dtype).eval()
     shapes = {key: tuple(value.shape) for key, value in module.named_parameters()}
@@ -72,6 +76,7 @@ def load_gguf(
             value = _dense(raw, tensor)
             dense[parameter] = (value if order is None else value[order]).to(dtype)
     _assign(module, dense)
+    never = file.metadata.get("tokenizer.ggml.suppress_tokens")
     return ModelSource(
         module=module,
         name=name,
@@ -79,6 +84,16 @@ def load_gguf(
         tokenizer=load_tokenizer(file, config),
         eos_token_ids=end_token_ids(file),
         dtype=dtype,
+        sampling={"suppress_tokens": never} if never else {},
+        notes=(*notes, *_told(file, never)),
+    )
+
+
+def _told(file: GgufFile, never: list[int] | None) -> tuple[str, ...]:
+    if not never:
+        return ()
+    return (
+        f"{file.path.name}: tokenizer.ggml.suppress_tokens={short(never)}: default of generate",
     )
 
 

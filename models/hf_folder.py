@@ -1,13 +1,15 @@
 """Hugging Face folders and hub names: config.json + safetensors, through transformers.
 
-Contract: only `*.safetensors` are read (a folder with pickled weights alone is refused, never
-opened), code that ships with a model is never run (`trust_remote_code` stays off), and every
+Contract: nothing that the files say is dropped without a word (rules in `hf_config`, `hf_files` and
+`generation_config`), only `*.safetensors` are read (a folder with pickled weights alone is refused,
+never opened), code that ships with a model is never run (`trust_remote_code` stays off), and every
 parameter must come from the files with the shape the configuration gives it.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from graphopt.capture.source import ModelSource
 from graphopt.config import Config
 from graphopt.errors import ModelNotFoundError, UnsupportedError, WeightFormatError
 from graphopt.models.generation_config import end_token_ids, generation_defaults
+from graphopt.models.hf_config import check_config, check_quantization
+from graphopt.models.hf_files import check_files, check_tensors
 
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -59,30 +63,36 @@ def fetch_hub_folder(name: str, config: Config) -> Path:
 def load_folder(folder: Path, *, name: str, dtype: torch.dtype) -> ModelSource:
     """Load a local folder. Raises ModelNotFoundError, WeightFormatError, UnsupportedError."""
     _check_files(folder)
-    config = _read_config(folder)
+    notes = check_files(folder)
+    settings = read_json(folder / "config.json")
+    check_quantization(folder / "config.json", settings)
+    config = _read_config(folder, settings)
     if (folder / "generation_config.json").is_file():
         # transformers leaves a damaged one out without a word.
         read_json(folder / "generation_config.json")
     tokenizer = _read_tokenizer(folder)
-    module = _read_module(folder, config, dtype)
+    model_class = _model_class(folder, config)
+    notes += _check_class(folder, settings, config, model_class)
+    module, told = _read_module(folder, config, model_class, dtype)
     defaults = generation_defaults(module)
+    end_tokens, also = _end_tokens(module, tokenizer)
     return ModelSource(
         module=module.eval(),
         name=name,
         tokenizer=tokenizer,
-        eos_token_ids=end_token_ids(module),
+        eos_token_ids=end_tokens,
         dtype=dtype,
         sampling=defaults.settings,
-        notes=defaults.notes,
+        notes=(*notes, *told, *defaults.notes, *also),
     )
 
 
 def _check_files(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         files = sorted(folder.glob("*.gguf"))
         hint = f"; did you mean the file {files[0]}?" if files else ""
         raise ModelNotFoundError(f"{folder} has no config.json, so it is no model folder{hint}")
-    if any(folder.glob("*.safetensors")):
+    if any(folder.glob("*.safetensors")) or (folder / "adapter_config.json").is_file():
         return
     pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
     raise WeightFormatError(
@@ -108,8 +118,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
-    settings = read_json(folder / "config.json")
+def _read_config(folder: Path, settings: Mapping[str, Any]) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
@@ -128,8 +137,42 @@ def _read_config(folder: Path) -> PretrainedConfig:
         ) from error
 
 
-def _read_module(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Any:
-    model_class = _model_class(folder, config)
+def _check_class(
+    folder: Path, settings: Mapping[str, Any], config: PretrainedConfig, model_class: Any
+) -> tuple[str, ...]:
+    """Keys of the configuration that the class does not read; see `hf_config`."""
+    named = settings.get("architectures")
+    concrete = _concrete(config, model_class)
+    told = check_config(folder / "config.json", settings, config, concrete)
+    if not named or named == [concrete.__name__]:
+        return told
+    return (*told, f"config.json: architectures={named!r}: loaded as {concrete.__name__}")
+
+
+def _concrete(config: PretrainedConfig, model_class: Any) -> Any:
+    """The class that `model_class` makes of the configuration; an Auto class picks one."""
+    mapping = getattr(model_class, "_model_mapping", None)
+    if mapping is None:
+        return model_class
+    try:
+        return mapping[type(config)]
+    except KeyError:
+        return model_class
+
+
+def _end_tokens(module: Any, tokenizer: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Tokens that end generation, and a note where only the tokenizer knows one of them."""
+    stated = end_token_ids(module)
+    own = getattr(tokenizer, "eos_token_id", None)
+    if not isinstance(own, int) or own in stated:
+        return stated, ()
+    note = f"tokenizer: eos_token {tokenizer.eos_token!r} ({own}) ends generation, too"
+    return tuple(sorted({*stated, own})), (note,)
+
+
+def _read_module(
+    folder: Path, config: PretrainedConfig, model_class: Any, dtype: torch.dtype
+) -> tuple[Any, list[str]]:
     try:
         module, report = model_class.from_pretrained(
             str(folder),
@@ -144,20 +187,21 @@ def _read_module(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> 
     # Models are built here too, each with checks of its own.
     except Exception as error:
         raise WeightFormatError(f"the weights of {folder} could not be read: {error}") from error
+    unexpected, notes = check_tensors(folder, module, report["unexpected_keys"])
     problems = [
-        f"{kind} {sorted(map(str, report[key]))}"
-        for kind, key in [
-            ("missing", "missing_keys"),
-            ("unexpected", "unexpected_keys"),
-            ("of another shape", "mismatched_keys"),
+        f"{kind} {sorted(map(str, names))}"
+        for kind, names in [
+            ("missing", report["missing_keys"]),
+            ("unexpected", unexpected),
+            ("of another shape", report["mismatched_keys"]),
         ]
-        if report[key]
+        if names
     ]
     if problems:
         raise WeightFormatError(
             f"the tensors of {folder} do not fit {model_class.__name__}: {'; '.join(problems)}"
         )
-    return module
+    return module, notes
 
 
 def _model_class(folder: Path, config: PretrainedConfig) -> Any:

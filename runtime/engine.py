@@ -89,9 +89,10 @@ class Engine:
     """See the module docstring.
 
     tokenizer: needed for string prompts, text and stop texts. eos_token_ids: the model's end
-    tokens. defaults: settings of a request that comes without any. block_size: tokens a cache block holds. num_blocks (one of them is reserved) or
-    kv_cache_bytes: size of the KV cache; with neither it holds 8192 tokens. max_tokens_per_step:
-    longer prompts are computed in chunks. max_requests: requests that run at once; others wait.
+    tokens. defaults: settings of a request that comes without any. block_size: tokens a cache
+    block holds. num_blocks (one of them is reserved) or kv_cache_bytes: size of the KV cache; with
+    neither it holds 8192 tokens. max_tokens_per_step: longer prompts are computed in chunks.
+    max_requests: requests that run at once; others wait.
 
     Raises RequestError for limits below 1 and CapacityError for a cache without room.
     """

@@ -28,8 +28,10 @@ _AFTER_SETTINGS = " after the request's own penalties and bans"
 
 
 class NonFiniteLogitsError(BackendError):
-    """Logits that are no distribution (NaN, +inf, or all -inf). `rows`: their row numbers; `detail`:
-    what made them so, as far as that is known."""
+    """Logits that are no distribution (NaN, +inf, or all -inf).
+
+    rows: their row numbers. detail: what made them so, as far as that is known.
+    """
 
     def __init__(self, rows: tuple[int, ...], detail: str = "") -> None:
         super().__init__(f"logits of rows {list(rows)} are NaN, infinite or all -inf{detail}")

@@ -1,4 +1,4 @@
-"""Thirty Hugging Face architectures as tiny random models, with fresh inputs for each.
+"""Thirty-four Hugging Face architectures as tiny random models, with fresh inputs for each.
 
 Hidden width 32, 2 layers, 99 tokens, at most 64 positions; layers that alternate (window and full,
 chunked and full) come one of each, and windows are shorter than the inputs. Weights are drawn wide
@@ -234,6 +234,68 @@ FAMILIES = (
     _decoder("helium", "Helium"),
     _decoder("ernie4_5", "Ernie4_5"),
     _decoder("exaone4", "Exaone4", sliding_window=4, layer_types=list(WINDOW_THEN_FULL)),
+    Family(
+        "bloom",
+        "BloomConfig",
+        "BloomForCausalLM",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    Family(
+        "gpt_neo",
+        "GPTNeoConfig",
+        "GPTNeoForCausalLM",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 5,
+            "max_position_embeddings": MAX_POSITIONS,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
+    Family(
+        "falcon alibi",
+        "FalconConfig",
+        "FalconForCausalLM",
+        {
+            **SIZES,
+            "alibi": True,
+            "bias": True,
+            "multi_query": False,
+            "new_decoder_architecture": False,
+            "parallel_attn": False,
+        },
+        # Slopes times positions in bfloat16, one number for each head and key.
+        biased=2,
+    ),
+    Family(
+        "xglm",
+        "XGLMConfig",
+        "XGLMForCausalLM",
+        {
+            "vocab_size": VOCABULARY,
+            "d_model": 32,
+            "ffn_dim": 48,
+            "num_layers": 2,
+            "attention_heads": 4,
+            "max_position_embeddings": MAX_POSITIONS,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 2,
+        },
+    ),
     Family("bert", "BertConfig", "BertModel", SIZES),
     Family("albert", "AlbertConfig", "AlbertModel", {**SIZES, "embedding_size": 16}),
     Family(

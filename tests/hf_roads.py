@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 from hf_families import MAX_POSITIONS, Family
+from module_state import state_of, surroundings
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
@@ -93,8 +94,9 @@ def exported(model: PreTrainedModel, family: Family, masked: bool) -> ExportedPr
     call = call_of(model, family.inputs(*EXAMPLE, masked))
     dims = {
         "batch": Dim("batch", max=1024),
-        "sequence": Dim("sequence", max=MAX_POSITIONS),
-        "target": Dim("target", max=MAX_POSITIONS),
+        # A cut of a table is a view of the whole table at its full length: export tells them apart.
+        "sequence": Dim("sequence", max=MAX_POSITIONS - 1),
+        "target": Dim("target", max=MAX_POSITIONS - 1),
     }
     axes = family.axes(masked)
     shapes = {
@@ -106,9 +108,14 @@ def exported(model: PreTrainedModel, family: Family, masked: bool) -> ExportedPr
 
 
 def arrive(model: PreTrainedModel, family: Family, road: Road, masked: bool) -> Graph:
-    """The captured graph, before any pass. Raises what torch.export or `capture` raise."""
+    """The captured graph, before any pass; the model is checked to be what it was. Raises what
+    torch.export or `capture` raise."""
     if road == "hook":
-        return capture(model, family.inputs(*EXAMPLE, masked), dynamic=family.axes(masked))
+        inputs = family.inputs(*EXAMPLE, masked)
+        before = state_of(model), surroundings()
+        graph = capture(model, inputs, dynamic=family.axes(masked))
+        assert (state_of(model), surroundings()) == before, f"capture changed {family.name}"
+        return graph
     if not offers(model, road):
         raise ValueError(f"transformers does not offer {road} for {family.name}")
     return capture(exported(model, family, masked))

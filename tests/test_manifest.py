@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import graphopt
 from graphopt.errors import ProgramFormatError, UnsupportedError
 from graphopt.manifest import read_manifest
 from graphopt.program import Program
+from graphopt.runtime import SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,22 @@ def test_what_was_written_is_read(program: Program, saved: Path) -> None:
     assert (manifest.refusal, manifest.serving) == (None, True)
 
 
+def test_a_program_of_before_there_were_default_settings(folder: Path) -> None:
+    edit(folder, lambda m: m["options"].pop("default_sampling"))
+    assert read_manifest(folder).options.default_sampling == SamplingParams()
+
+
+def test_default_settings_are_kept(program: Program, tmp_path: Path) -> None:
+    wanted = SamplingParams(temperature=0.5, bad_words_ids=((1, 2), (3,)), stop=("x",))
+    options = program.options
+    try:
+        program.options = replace(options, default_sampling=wanted)
+        program.save(tmp_path / "p")
+    finally:
+        program.options = options
+    assert read_manifest(tmp_path / "p").options.default_sampling == wanted
+
+
 def test_the_limits_and_the_refusal_are_kept(tmp_path: Path) -> None:
     graph = graphopt.capture(CausalConvolution().eval(), torch.ones((2, 8), dtype=torch.int64))
     graph.limits["sequence"] = 9
@@ -76,6 +94,12 @@ def test_the_limits_and_the_refusal_are_kept(tmp_path: Path) -> None:
         (lambda m: m["options"].update(eos_token_ids=None), "eos_token_ids=None"),
         (lambda m: m["options"].update(eos_token_ids="ab"), "eos_token_ids='ab'"),
         (lambda m: m["options"].update(eos_token_ids=[1.5]), r"eos_token_ids=\[1.5\]"),
+        (lambda m: m["options"].update(default_sampling=1), "default_sampling=1"),
+        (lambda m: m["options"].update(default_sampling={"a": 1}), "default_sampling={'a': 1}"),
+        (
+            lambda m: m["options"]["default_sampling"].update(temperature=-1),
+            "default_sampling=.*'temperature': -1",
+        ),
         (lambda m: m.update(refusal={"a": 1}), "refusal has an unknown entry 'a'"),
         (lambda m: m.update(refusal={"code": "x"}), "refusal has no 'text'"),
         (lambda m: m.update(refusal="no"), "refusal is 'no'"),

@@ -222,8 +222,9 @@ def lower_serving(
     """Lower `graph`. `pack(name)` gives a weight's kernel layout."""
     lowering = Lowering(graph, {**rules_shape.RULES, **rules_compute.RULES})
     plan = lowering.run()
-    matrices = {name: pack(name) for name in lowering.matrices}
+    # Packing releases the graph's copy: a weight that is read in both ways is kept before.
     vectors = {name: _owned(graph, name) for name in lowering.vectors}
+    matrices = {name: pack(name) for name in lowering.matrices}
     return CpuServing(graph, library, matrices, vectors, plan, kv_dtype, max_context, threads)
 
 

@@ -156,8 +156,9 @@ class Lowering:
         self.plan.steps.append(step)
 
     def copy(self, source: View, target: View) -> None:
-        """Element-wise copy or cast between views of one shape."""
-        if source.dtype in NATIVE_DTYPES and target.dtype in NATIVE_DTYPES:
+        """Element-wise copy or cast between views of one shape; torch's for dtypes without a kernel
+        (float64, complex)."""
+        if all(view.dtype in NATIVE_DTYPES for view in (source, target)):
             elementwise(self, Op.OP_UNARY, [target, source], (0,))
             return
 

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from graphopt.codegen.cpu.abi import Op, Sym
+from graphopt.codegen.cpu.dtypes import NATIVE_DTYPES
 from graphopt.codegen.cpu.lower import Lowering, Rule
 from graphopt.codegen.cpu.views import Extent
 from graphopt.ir.graph import argument
@@ -169,7 +170,7 @@ def index_select(lowering: Lowering, node: fx.Node) -> bool:
     """Token rows picked by number."""
     source, rows = lowering.view(node.args[0]), lowering.view(argument(node, "index"))
     axis = int(argument(node, "dim"))
-    if source.extents[axis].sym is Sym.SYM_ONE:
+    if source.extents[axis].sym is Sym.SYM_ONE or source.dtype not in NATIVE_DTYPES:
         return False
     flat = lowering.rows_by_width(source)
     if flat is None:

@@ -1,38 +1,61 @@
-"""Whether a module can be captured as it stands: its mode, and what it is wrapped in."""
+"""Whether a module can be captured as it stands: its modes, its hooks, what it is wrapped in."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.modules import module as module_hooks
 
 from graphopt.errors import CaptureError
 
+_WRAPPERS: tuple[tuple[type[nn.Module], str, str], ...] = (
+    (torch._dynamo.OptimizedModule, "torch.compile", "_orig_mod"),
+    (nn.DataParallel, "DataParallel", "module"),
+    (nn.parallel.DistributedDataParallel, "DistributedDataParallel", "module"),
+)
 
-def check_capturable(module: nn.Module) -> None:
+
+def check_capturable(module: nn.Module, is_positional: bool) -> None:
     """Raise CaptureError naming what is in the way.
 
-    Every submodule must be in eval mode: one that was left in training mode drops values at random,
-    or counts. torch.compile and data-parallel wrappers are not seen through: what they call is not
-    what `forward` says.
+    Every submodule must be in eval mode: one left in training mode drops values at random, or
+    counts. Wrappers are not seen through: what they call is not what their `forward` says. The
+    model's own hooks are captured, but not hooks on all modules, which torch.export's modules get
+    too.
+    is_positional: the example gives positional arguments, of which capture makes keyword arguments.
     """
-    if module.training:
-        raise CaptureError("the model is in training mode; call model.eval() first")
     for name, part in module.named_modules():
-        where = name or "the model"
-        if part.training:
-            raise CaptureError(
-                f"{name} ({type(part).__name__}) is in training mode, though the model is not; "
-                "call model.eval(), which sets all of its parts"
-            )
+        where = f"{name} ({type(part).__name__})" if name else "the model"
+        for kind, wrapper, inside in _WRAPPERS:
+            if isinstance(part, kind):
+                raise CaptureError(
+                    f"{where} is wrapped by {wrapper}; give the module inside (.{inside})"
+                )
         if isinstance(part, torch.jit.ScriptModule):
             raise CaptureError(
                 f"{where} is a TorchScript module, whose Python is gone; give the nn.Module that "
                 "it was made from"
             )
-        if isinstance(part, torch._dynamo.OptimizedModule):
-            raise CaptureError(
-                f"{where} is wrapped by torch.compile; give the module inside (._orig_mod)"
-            )
-        if isinstance(part, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            kind = type(part).__name__
-            raise CaptureError(f"{where} is wrapped by {kind}; give the module inside (.module)")
+        if part.training:
+            too = ", though the model is not" if name else ""
+            raise CaptureError(f"{where} is in training mode{too}; call model.eval() first")
+        for own in (*part._parameters.values(), *part._buffers.values()):
+            if own is not None and nn.parameter.is_lazy(own):
+                raise CaptureError(f"{where} has no weights yet; call the model once first")
+    if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
+        raise CaptureError(
+            "a forward hook is registered on all modules (register_module_forward_hook or "
+            "register_module_forward_pre_hook); remove it during capture, or register it on the "
+            "modules that it is meant for"
+        )
+    pre_hooks = set(module._forward_pre_hooks) - set(module._forward_pre_hooks_with_kwargs)
+    if is_positional and pre_hooks:
+        raise CaptureError(
+            "the model has a forward pre-hook of its own that takes positional arguments, and "
+            "capture gives them by keyword; register it with with_kwargs=True, or on a submodule"
+        )
+    if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
+        raise CaptureError(
+            "capture runs inside torch.autocast, whose casts are no part of the model; leave the "
+            "block, or use autocast inside forward"
+        )

@@ -18,6 +18,7 @@ from graphopt.capture.export import graph_from_exported
 from graphopt.capture.hf import attention_hooks
 from graphopt.capture.hf_probe import difference_found
 from graphopt.capture.mask_marker import take_out
+from graphopt.capture.snapshot import Change
 from graphopt.capture.source import ModelSource
 from graphopt.capture.untouched import check_forgets, each_run_untouched, untouched
 from graphopt.errors import CaptureError
@@ -65,7 +66,7 @@ def capture(
             f"cannot capture a {type(module).__name__}; give an nn.Module, an ExportedProgram "
             "or what graphopt.models.load returned"
         )
-    check_capturable(module)
+    check_capturable(module, isinstance(example, (Tensor, Sequence)))
     call = _bind(module, example)
     # torch.export takes one tensor given twice for one input.
     call = {n: v.clone() if isinstance(v, Tensor) else v for n, v in call.items()}
@@ -76,7 +77,7 @@ def capture(
         call.setdefault("use_cache", False)
     axes = _axes(tensors, dynamic)
     call = _in_order(module, call)
-    with untouched(module), _materialised(module), torch.no_grad():
+    with untouched(module), _materialised(module), _no_fast_path(), torch.no_grad():
         graph = _graph(module, call, axes, strict, source.name)
     for name in list(graph.weights):
         if name in source.packed:
@@ -118,8 +119,8 @@ def _exported(
     name: str,
 ) -> Graph:
     # TorchDynamo keeps the state apart itself, and would trace the keeping.
-    runs = contextlib.nullcontext([]) if strict else each_run_untouched(module)
-    with runs as changes:
+    changes: list[Change] = []
+    with contextlib.nullcontext() if strict else each_run_untouched(module, changes):
         program = export_module(module, call, axes, strict, name)
     graph = graph_from_exported(program, name)
     check_forgets(module, call, changes)
@@ -232,6 +233,18 @@ def _symbol_names(
                     taken = chosen in names.values()
                     names[str(size)] = f"{node.name}_{axis}" if taken else chosen
     return names
+
+
+@contextlib.contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """nn.MultiheadAttention and nn.TransformerEncoder as they are written: in eval mode torch would
+    run one opaque op for a layer, and cut or zero what is padding."""
+    was_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(was_enabled)
 
 
 @contextlib.contextmanager

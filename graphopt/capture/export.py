@@ -19,9 +19,10 @@ from torch.export.graph_signature import InputKind, OutputKind
 from graphopt.capture.outputs import outputs_of
 from graphopt.errors import CaptureError
 from graphopt.ir.clean import remove_dead
-from graphopt.ir.graph import Graph, InputSpec, graph_module, value_name
+from graphopt.ir.graph import Graph, InputSpec, graph_module, tensor_inputs, value_name
 from graphopt.ops.registry import is_impure
 
+_WRITTEN = re.compile(r"Constant (\S+) is mutated in the forward method")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _WEIGHT_KINDS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -47,12 +48,35 @@ def source_of(node: fx.Node) -> str:
     return ""
 
 
+def is_random(node: fx.Node) -> bool:
+    """Whether a call's values differ from run to run. Dropout that is off is none."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    arguments = tensor_inputs(node)
+    for spec in node.target._schema.arguments:
+        value = arguments.get(spec.name, spec.default_value)
+        if spec.name in ("train", "training", "p", "dropout_p", "dropout") and not value:
+            return False
+    return True
+
+
 def functional(program: ExportedProgram) -> ExportedProgram:
     """The program without in-place ops and nested graphs; untouched when there are none."""
     calls = [n for n in program.graph.nodes if n.op == "call_function"]
     is_nested = any(n.op == "get_attr" for n in program.graph.nodes)
     if is_nested or any(is_impure(n.target) for n in calls):
-        functionalised: ExportedProgram = program.run_decompositions({})
+        try:
+            functionalised: ExportedProgram = program.run_decompositions({})
+        except RuntimeError as error:
+            constant = _WRITTEN.search(str(error))
+            if constant is None:
+                raise
+            raise CaptureError(
+                f"the model changes its state: forward writes into {constant[1]}, a tensor that is "
+                "no buffer; take it as an argument and return it"
+            ) from error
         return functionalised
     return program
 
@@ -63,7 +87,8 @@ def graph_from_exported(
     """Turn an ExportedProgram into a `Graph`.
 
     symbol_names: expression of a symbolic size -> readable name.
-    Raises CaptureError for mutated buffers or inputs, higher-order ops and outputs that are neither tensors nor None.
+    Raises CaptureError for mutated state or inputs, higher-order ops, weights of other types than
+    plain tensors, and outputs that are neither tensors nor None.
     """
     program = functional(program)
     signature = program.graph_signature
@@ -98,6 +123,7 @@ def graph_from_exported(
 
     new = fx.Graph()
     notes: tuple[str, ...] = ()
+    random: list[str] = []
     mapping: dict[fx.Node, Any] = {}
     weight_nodes: dict[str, fx.Node] = {}
     inputs: list[InputSpec] = []
@@ -126,6 +152,8 @@ def graph_from_exported(
                     f"{node.target} is not an op graphopt can rewrite "
                     f"({source_of(node) or node.name})"
                 )
+            if is_random(node):
+                random.append(f"{node.target} ({source_of(node)})")
             made = new.node_copy(node, mapping.__getitem__)
         else:
             raise CaptureError(f"node {node.name} of kind {node.op} (higher-order op?)")
@@ -142,6 +170,9 @@ def graph_from_exported(
             f"FX cannot name the weights of {name} in code: a module's name has a quote or a line "
             f"end in it; rename the module ({error.text or error})"
         ) from None
+    if random:
+        drawn = ", ".join(dict.fromkeys(random))
+        notes += (f"the model draws random numbers, so that no two runs are equal: {drawn}",)
     graph = Graph(
         name,
         gm,

@@ -139,7 +139,8 @@ class Layers:
             mask = given
         else:
             causal, window = meaning.causal, meaning.window
-            padding = given if meaning.padded else None
+            # Without padding the operand only carries the condition on positions to the graph.
+            padding = given if meaning.padded or meaning.positions is not None else None
             if asked.window and not meaning.window:
                 raise NotRepresentedError(
                     f"{layer} asks for a sliding window of {asked.window}, but its mask has none"

@@ -57,6 +57,8 @@ class MadeMasks:
         offsets = kwargs.get("q_offset", 0), kwargs.get("kv_offset", 0)
         if any(isinstance(o, Tensor) or o != 0 for o in offsets):
             meaning = MaskMeaning(dense=True)
+        if padding is not None and meaning.positions is not None:
+            meaning = MaskMeaning(dense=True)
         # A window without causality is two-sided in transformers and has its own function.
         if meaning.dense or (meaning.window and not meaning.causal):
             dense = dict(kwargs, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)

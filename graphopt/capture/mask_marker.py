@@ -24,7 +24,7 @@ _LIBRARY.define("mask(Tensor visible_BT, Tensor? positions=None) -> Tensor")
 _LIBRARY.define("weights(Tensor q_BHSD, Tensor k_BGTD) -> Tensor")
 
 
-def _mask(visible_BT: Tensor, positions: Tensor | None = None) -> Tensor:
+def _mask(visible_BT: Tensor, _positions: Tensor | None = None) -> Tensor:
     return torch.clone(visible_BT)
 
 
@@ -42,7 +42,10 @@ aten = torch.ops.aten
 
 
 def mark(visible_BT: Tensor, positions: Tensor | None = None) -> Tensor:
-    """A copy, through the marker op. positions: must be an iota for the mask to be right."""
+    """A copy, through the marker op.
+
+    positions: must be an iota for the mask to be right, and `visible_BT` all true then.
+    """
     marked: Tensor = MASK(visible_BT, positions)
     return marked
 
@@ -71,6 +74,10 @@ def take_out(graph: Graph) -> str | None:
         if positions is not None and not _is_iota(positions):
             return f"positions are made by {where(positions)}, and packed sequences follow them"
     for marker in markers:
+        if argument(marker, "positions") is not None:
+            # It hides nothing, and was there to show the positions.
+            for user in list(marker.users):
+                user.args = tuple(None if value is marker else value for value in user.args)
         marker.replace_all_uses_with(argument(marker, "visible_BT"))
     remove_dead(graph)
     return None

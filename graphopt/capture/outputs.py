@@ -1,20 +1,27 @@
 """What a model returns, as the outputs of a graph.
 
 A graph returns tensors, in the order in which they lie in what forward returned (tuples, dicts,
-transformers' ModelOutput, registered dataclasses). Anything else in there is named: None is left
+transformers' ModelOutput, dataclasses). Anything else in there is named: None is left
 out with a note, all others are refused.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import CaptureError
+
+_VALUES = (
+    *(Tensor, str, bytes, int, float, complex, type(None), torch.dtype, torch.device),
+    *(torch.SymInt, torch.SymFloat, torch.SymBool),
+)
 
 
 def outputs_of(
@@ -42,8 +49,30 @@ def outputs_of(
     return tuple(outputs), notes
 
 
+def plain(output: Any, path: str = "") -> Any:
+    """What forward returned, with dataclasses that torch does not know as dicts of their fields.
+
+    Raises CaptureError naming an object in it that is neither a container nor a value.
+    """
+    kind = type(output)
+    if dataclasses.is_dataclass(output) and kind not in pytree.SUPPORTED_NODES:
+        names = [item.name for item in dataclasses.fields(output)]
+        output = {name: getattr(output, name) for name in names}
+        kind = dict
+    if kind is dict:
+        return {key: plain(value, f"{path}.{key}") for key, value in output.items()}
+    if kind in (list, tuple):
+        return kind(plain(value, f"{path}[{index}]") for index, value in enumerate(output))
+    is_known = kind in pytree.SUPPORTED_NODES or hasattr(output, "_fields")
+    if not is_known and not isinstance(output, _VALUES):
+        raise CaptureError(_refusal(path.lstrip(".") or "its output", output))
+    return output
+
+
 def _refusal(name: str, value: Any) -> str:
-    what = f"{type(value).__name__} {value!r}"
+    # The text of any other object may be long, or an address.
+    has_text = isinstance(value, (str, bytes, int, float, complex))
+    what = f"{type(value).__name__} {value!r}" if has_text else f"an object {type(value).__name__}"
     if isinstance(value, fx.Node):
         what = f"a size ({value.meta.get('val')})"
     return (

@@ -114,6 +114,8 @@ class Snapshot:
         if contents is not None:
             self._holders.append((path, value, contents))
             inside += _items(path, contents)
+        if _is_of_python(type(value)):
+            return inside
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict):
             self._seen[id(attributes)] = attributes
@@ -132,24 +134,22 @@ class Snapshot:
     def _scopes_of(self, kind: type) -> list[tuple[str, Any]]:
         """Note the attributes of a class and the globals of its file; the containers in them."""
         inside: list[tuple[str, Any]] = []
-        files = [cls.__module__ for cls in kind.__mro__]
         owners: list[Any] = [cls for cls in kind.__mro__ if not _is_library(cls.__module__)]
-        while files:
-            file = sys.modules.get(files.pop())
-            if file is None or _is_library(file.__name__) or id(file) in self._seen:
+        for cls in tuple(owners):
+            file = sys.modules.get(cls.__module__)
+            if file is None or id(file) in self._seen:
                 continue
-            self._seen[id(file)] = file
-            owners.append(file)
+            # The files that its functions come from may keep tables too.
             functions = (v for v in vars(file).values() if isinstance(v, types.FunctionType))
-            files += [function.__module__ for function in functions]
+            names = {cls.__module__, *(str(function.__module__) for function in functions)}
+            owners += [sys.modules[name] for name in names if name in sys.modules]
         for owner in owners:
-            if isinstance(owner, type):
-                if id(owner) in self._seen:
-                    continue
-                self._seen[id(owner)] = owner
-            names = dict(vars(owner))
-            self._scopes.append((_Scope(owner), names))
-            for name, value in names.items():
+            if id(owner) in self._seen or _is_library(getattr(owner, "__module__", owner.__name__)):
+                continue
+            self._seen[id(owner)] = owner
+            held = dict(vars(owner))
+            self._scopes.append((_Scope(owner), held))
+            for name, value in held.items():
                 if type(value) in (dict, list, set, OrderedDict, deque) or (
                     isinstance(value, Tensor) or _is_cache(value)
                 ):
@@ -234,6 +234,12 @@ def _is_library(module: str) -> bool:
     return package in ("torch", "numpy", "graphopt") or package in sys.stdlib_module_names
 
 
+def _is_of_python(kind: type) -> bool:
+    """Whether it is a logger, a thread, a file and the like, which live beside the model."""
+    package = kind.__module__.partition(".")[0]
+    return package in sys.stdlib_module_names and kind is not types.SimpleNamespace
+
+
 def _contents(value: Any) -> Any:
     """A shallow copy of what a container holds; None for anything else."""
     if isinstance(value, _Slots):
@@ -247,23 +253,25 @@ def _contents(value: Any) -> Any:
     return None
 
 
-def _items(path: str, contents: Any) -> list[tuple[str, Any]]:
-    if isinstance(contents, dict):
-        return [(f"{path}[{key!r}]", value) for key, value in contents.items()]
-    return [(f"{path}[{i}]", value) for i, value in enumerate(contents)]
-
-
 _MEMBERS = ("_parameters", "_buffers", "_modules")
+
+
+def _items(path: str, contents: Any) -> list[tuple[str, Any]]:
+    pairs = contents.items() if isinstance(contents, dict) else enumerate(contents)
+    return [(_join(path, key), value) for key, value in pairs]
 
 
 def _attributes(path: str, owner: Any, attributes: dict[str, Any]) -> list[tuple[str, Any]]:
     """The attributes' values with their paths; those of parameters, buffers and submodules."""
-    start = f"{path}." if path else ""
     is_module = isinstance(owner, nn.Module)
     return [
-        (path if is_module and name in _MEMBERS else f"{start}{name}", value)
+        (path if is_module and name in _MEMBERS else _join(path, name), value)
         for name, value in attributes.items()
     ]
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
 
 
 def _same(before: Any, now: Any) -> bool:
@@ -285,9 +293,8 @@ def _differences(path: str, before: Any, now: Any) -> list[Change]:
         return [Change(path, before, now)]
     if isinstance(before, list):
         before, now = dict(enumerate(before)), dict(enumerate(now))
-    start = f"{path}." if path else ""
     return [
-        Change(f"{start}{key}", before.get(key, _MISSING), now.get(key, _MISSING))
+        Change(_join(path, key), before.get(key, _MISSING), now.get(key, _MISSING))
         for key in {**before, **now}
         if before.get(key, _MISSING) is not now.get(key, _MISSING)
     ]

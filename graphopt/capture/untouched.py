@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
 from torch.utils import _pytree as pytree
 
+from graphopt.capture.outputs import plain
 from graphopt.capture.snapshot import Change, Snapshot
 from graphopt.errors import CaptureError
 
@@ -39,7 +41,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def _surroundings() -> Iterator[None]:
     """Put back the process-wide state that a forward may change."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    has_cuda: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if has_cuda else ()
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()
     numpy_state = None if numpy is None else numpy.random.get_state()
@@ -60,53 +63,69 @@ def _surroundings() -> Iterator[None]:
 
 
 @contextmanager
-def each_run_untouched(module: nn.Module) -> Iterator[list[Change]]:
+def each_run_untouched(module: nn.Module, changes: list[Change]) -> Iterator[None]:
     """Within, every run of `module.forward` starts from the same state.
 
     torch.export runs forward more than once; what the first run kept would be read by the next.
-    The list is filled with what the last run had rebound.
+    What it returns is made `outputs.plain`. changes: filled with what the last run had rebound.
     """
-    changes: list[Change] = []
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         snapshot = Snapshot(module)
-        try:
-            return original(*args, **kwargs)
-        finally:
-            changes[:] = snapshot.restore()
+        with _buffers_unwatched():
+            try:
+                return plain(original(*args, **kwargs))
+            finally:
+                changes[:] = snapshot.restore()
 
     forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     previous = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:
-        yield changes
+        yield
     finally:
         del module.__dict__["forward"]
         if previous is not None:
             module.__dict__["forward"] = previous
 
 
+@contextmanager
+def _buffers_unwatched() -> Iterator[None]:
+    """torch.export takes every buffer that forward sets for a result, and fails at those that were
+    not there before; `check_forgets` decides. Buffers written to in place it finds by itself."""
+    hooks = module_hooks._global_buffer_registration_hooks
+    watching = dict(hooks)
+    hooks.clear()
+    try:
+        yield
+    finally:
+        hooks.update(watching)
+
+
 def check_forgets(module: nn.Module, call: Mapping[str, Any], changes: Sequence[Change]) -> None:
     """Refuse a model that computes something else because of what an earlier call kept.
 
     changes: what a run of forward rebinds. Runs the model twice on `call` where one of them could
-    matter; a model without data (on the meta device) is taken at its word.
-    Raises CaptureError.
+    matter. Raises CaptureError, also for a model without data (on the meta device).
     """
     kept = [change for change in changes if change.is_state]
-    is_meta = any(t.device.type == "meta" for t in (*module.parameters(), *module.buffers()))
-    if not kept or is_meta:
+    if not kept:
         return
+    names = ", ".join(dict.fromkeys(change.path for change in kept))
+    if any(t.device.type == "meta" for t in (*module.parameters(), *module.buffers())):
+        raise CaptureError(
+            f"forward sets {names}, and whether a later call depends on it cannot be tried on a "
+            "model without data; load the weights, or make it before capture"
+        )
     snapshot = Snapshot(module, with_contents=True)
     try:
         with torch.no_grad():
-            first = _tensors(module(**call))
-            second = _tensors(module(**call))
+            first = _tensors(plain(module(**call)))
+            second = _tensors(plain(module(**call)))
     finally:
         snapshot.restore()
     if len(first) != len(second) or not all(map(_equal, first, second)):
-        names = ", ".join(dict.fromkeys(change.path for change in kept))
         raise CaptureError(
             f"the model changes its state: forward sets {names}, and computes something else the "
             "next time; graphopt captures pure forwards: take the state as an argument and "

@@ -9,7 +9,8 @@
 
 The rows of all requests lie on one axis (batch 1, T rows); `positions` replace every iota over the
 token axis; padding operands fall away, since a step has no padding. From the last attention on,
-only the L rows whose logits are wanted are computed.
+only the L rows whose logits are wanted are computed. A forward that returns the logits of the last
+row only is served as well: each wanted row is the last of its prompt (`last_row.py`).
 
 A constant cut to the length of the sequence (learned positions, rotary tables, position ids) is
 read at `positions` instead.
@@ -23,7 +24,7 @@ cover.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,11 +32,12 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir.builder import GraphBuilder
-from graphopt.ir.graph import Graph, InputSpec, argument, graph_module, shape_of
+from graphopt.ir.graph import Graph, InputSpec, argument, graph_module, is_call, shape_of
 from graphopt.ir.shapes import SymbolicInputs
-from graphopt.ops import attention, kv_write, paged_attention
+from graphopt.ops import attention, embedding_wq, kv_write, paged_attention
 from graphopt.passes.base import EXACT, Pass, Reject, Stage, Tier
 from graphopt.passes.cache.row_layout import Rows, RowsMixedError, Table
+from graphopt.passes.cache.row_rules import CASTS
 from graphopt.passes.cache.trace_rows import trace_rows
 from graphopt.passes.registry import register
 
@@ -98,13 +100,22 @@ class InsertKvCache(Pass[ServingPlan]):
             return Reject(refusal.code, refusal.text, refusal.node)
         outputs = graph.output_nodes
         logits = outputs[0]
-        is_logits = rows.of(logits) == 1 and rows.batch_of(logits) == 0
-        if len(outputs) != 1 or not is_logits or len(shape_of(logits)) != 3:
+        if len(outputs) != 1 or not _is_logits(rows, logits):
             return Reject(
                 "no-logits",
-                "the graph must return one [batch, sequence, vocabulary]",
+                "the graph must return one [batch, sequence, vocabulary], or the logits of the "
+                "last row",
                 logits,
                 "return the logits only",
+            )
+        ids, width = _table_rows(tokens), shape_of(logits)[-1]
+        if ids is not None and isinstance(width, int) and 2 * width <= ids:
+            return Reject(
+                "no-logits",
+                f"the graph returns {width} values for a row and takes {ids} token ids: a "
+                "classifier, whose values are not logits of the next token",
+                logits,
+                "call the program; it has nothing to generate",
             )
         return ServingPlan(tokens, logits, rows, _tail(graph, rows))
 
@@ -120,6 +131,30 @@ def _token_input(graph: Graph) -> fx.Node | None:
             if value.dtype == torch.int64 and value.ndim == 2 and node.name != "attention_mask":
                 return node
     return None
+
+
+def _is_logits(rows: Rows, node: fx.Node) -> bool:
+    shape = shape_of(node)
+    if rows.batch_of(node) != 0:
+        return False
+    if node in rows.picked:
+        return len(shape) == 2 or (len(shape) == 3 and shape[1] == 1)
+    return rows.of(node) == 1 and len(shape) == 3
+
+
+def _table_rows(tokens: fx.Node) -> int | None:
+    """Rows of the smallest table that the token ids are looked up in: ids are below it."""
+    found: list[int] = []
+    pending = [tokens]
+    while pending:
+        node = pending.pop()
+        for user in node.users:
+            if is_call(user, aten.embedding.default, embedding_wq.SPEC.overload):
+                table = user.all_input_nodes[0]
+                found += [int(shape_of(table)[0])] if table is not node else []
+            elif is_call(user, *CASTS):
+                pending.append(user)
+    return min(found, default=None)
 
 
 def _tail(graph: Graph, rows: Rows) -> frozenset[fx.Node]:
@@ -162,6 +197,7 @@ class _Rebuild:
         self.caches: list[InputSpec] = []
         self.whole: dict[fx.Node, Any] = {}
         self.chosen: dict[fx.Node, Any] = {}
+        self.picked: dict[fx.Node, Any] = {}
 
     def run(self) -> None:
         """Emit inputs, copy every node, and move the result into the old graph object."""
@@ -184,14 +220,17 @@ class _Rebuild:
                 if node in attentions:
                     self.whole[node] = self._paged(node, *next(pending))
                 elif isinstance(node.meta["val"], (torch.SymInt, int)):
-                    self.whole[node] = self._size(node, self.whole, rows)
-                    self.chosen[node] = self._size(node, self.chosen, wanted)
+                    self.whole[node] = self._size(node, self.whole.__getitem__, rows)
+                    self.chosen[node] = self._size(node, self._rows_wanted, wanted)
+                    is_batch = str(node.meta["val"]) == str(shape_of(self.plan.tokens)[0])
+                    self.picked[node] = wanted if is_batch else self.whole[node]
+                elif node in self.plan.rows.picked:
+                    self.picked[node] = self._copy_picked(node)
                 elif node in self.plan.tail:
                     self.chosen[node] = self._copy(node, self._rows_wanted)
                 else:
                     self.whole[node] = self._copy(node, self.whole.__getitem__)
-        logits = self._rows_wanted(self.plan.logits)
-        flat = self.builder.emit(aten.select.int, [logits, 0, 0], like=[self.plan.logits])
+        flat = self._flat(self.plan.logits)
         output = self.graph.fx_graph.output((flat,))
         output.meta["val"] = None
         self.old.gm = self.graph.gm
@@ -199,6 +238,16 @@ class _Rebuild:
         self.old.symbols = self.fake.names
         self.old.next_number = self.graph.next_number
         self.old.dialect = "serving"
+
+    def _flat(self, logits: fx.Node) -> fx.Node:
+        """The logits as `[L, V]`."""
+        axis = 0
+        value = self._rows_wanted(logits) if logits not in self.picked else self.picked[logits]
+        if logits in self.picked:
+            if len(shape_of(logits)) == 2:
+                return self.picked[logits]
+            axis = 1
+        return self.builder.emit(aten.select.int, [value, axis, 0], like=[logits])
 
     def _is_kept(self, node: fx.Node) -> bool:
         """False for casts of the padding input and for asserts about types, proven by now."""
@@ -228,14 +277,14 @@ class _Rebuild:
             like=[node],
         )
 
-    def _size(self, node: fx.Node, values: dict[fx.Node, Any], count: fx.Node) -> Any:
+    def _size(self, node: fx.Node, operand: Callable[[fx.Node], Any], count: fx.Node) -> Any:
         """A size of the old graph: batch is 1, the sequence is the number of rows."""
         batch, sequence = shape_of(self.plan.tokens)
         known = {str(batch): 1, str(sequence): count}
         value = node.meta["val"]
         if isinstance(value, int) or str(value) in known:
             return value if isinstance(value, int) else known[str(value)]
-        args = fx.node.map_arg(node.args, values.__getitem__)
+        args = fx.node.map_arg(node.args, operand)
         if not any(isinstance(a, fx.Node) for a in args):
             assert callable(node.target)
             return node.target(*args)
@@ -253,6 +302,20 @@ class _Rebuild:
                 )
             self.chosen[node] = value
         return self.chosen[node]
+
+    def _copy_picked(self, node: fx.Node) -> fx.Node:
+        """A value of the last row: the wanted rows stand on its batch axis."""
+        rows = self.plan.rows
+        if not rows.picked.isdisjoint(node.all_input_nodes):
+            return self._copy(node, lambda n: self.picked[n] if n in self.picked else self.whole[n])
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        axis, batch = rows.of(source), rows.batch_of(source)
+        args = [self._rows_wanted(source), batch, axis]
+        value = self.builder.emit(aten.transpose.int, args, like=[node])
+        if len(shape_of(node)) == len(shape_of(source)):
+            return value
+        return self.builder.emit(aten.select.int, [value, axis, 0], like=[node])
 
     def _copy(self, node: fx.Node, operand: Any) -> fx.Node:
         is_iota = node.target in (aten.arange.default, aten.arange.start, aten.arange.start_step)

@@ -63,13 +63,15 @@ class Table:
 
 @dataclass(slots=True)
 class Rows:
-    """State of one walk. axis: row axis of each node seen so far; None: it has none."""
+    """State of one walk. axis: row axis of each node seen so far; None: it has none. picked: values
+    made of the last token row alone (`last_row.py`)."""
 
     batch: sympy.Symbol
     sequence: sympy.Symbol
     axis: dict[fx.Node, Axis] = field(default_factory=dict)
     tables: dict[fx.Node, Table] = field(default_factory=dict)
     padding: frozenset[fx.Node] = frozenset()
+    picked: set[fx.Node] = field(default_factory=set)
 
     def of(self, value: Any) -> Axis:
         """Row axis of an operand; constants have none."""

@@ -198,7 +198,7 @@ _ALONG_DIM = (
 _SAME_SHAPE = (
     *("zeros_like", "ones_like", "full_like", "empty_like", "type_as", "contiguous", "alias"),
     *("detach", "lift_fresh_copy", "conj", "_conj", "resolve_conj", "resolve_neg", "real", "imag"),
-    *("view_as_real", "one_hot", "pin_memory"),
+    *("view_as_real", "one_hot", "pin_memory", "fill"),
 )
 
 RULES: dict[object, Rule] = {
@@ -215,6 +215,7 @@ RULES: dict[object, Rule] = {
     **dict.fromkeys(CASTS, _same_axis),
     aten.to.other: _same_axis,
     aten.view_as_complex.default: _view_as_complex,
+    aten.copy.default: pointwise,
     aten.polar.default: pointwise,
     aten.complex.default: pointwise,
     aten.dropout.default: _random_when_training,

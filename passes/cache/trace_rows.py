@@ -16,12 +16,14 @@ from torch import Tensor, fx
 from graphopt.ir.graph import Graph, argument, is_call, op_name, shape_of
 from graphopt.ops import attention
 from graphopt.ops.registry import spec_of
+from graphopt.passes.cache.last_row import check_picked, picks_last_row
 from graphopt.passes.cache.row_layout import (
     Axis,
     Rows,
     RowsMixedError,
     check_numbers,
     check_result,
+    mixed,
     sizes,
     unknown,
 )
@@ -53,14 +55,25 @@ def trace_rows(graph: Graph, tokens: fx.Node) -> Rows:
                     "extra-input", f"input %{node.name} is not the token ids", node
                 )
         elif node.op == "call_function":
-            _trace(rows, node)
+            if picks_last_row(rows, node, graph.weights):
+                rows.picked.add(node)
+                rows.axis[node] = None
+            else:
+                _trace(rows, node)
     return rows
 
 
 def _trace(rows: Rows, node: fx.Node) -> None:
+    is_picked = not rows.picked.isdisjoint(node.all_input_nodes)
+    if is_picked:
+        check_picked(rows, node)
     if isinstance(node.meta["val"], (Tensor, list, tuple)):
         rows.axis[node] = _trace_call(rows, node)
         check_result(rows, node, rows.axis[node])
+        if is_picked and rows.axis[node] is not None:
+            raise mixed(node, "spreads the last token row over all rows")
+        if is_picked:
+            rows.picked.add(node)
     else:
         _check_number(node)
 

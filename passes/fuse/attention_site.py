@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from graphopt.ir.graph import Graph, argument, dtype_of, is_call, op_name, shape_of
+from graphopt.ir.graph import Graph, argument, dtype_of, op_name, shape_of
 from graphopt.passes.base import Reject
 from graphopt.passes.fuse.attention_folds import unfolded
 from graphopt.passes.fuse.attention_operands import (
@@ -71,7 +71,8 @@ class AttentionSite:
         """Where three axes get a fourth: heads apart, or heads of one batch where masks tell the
         first axis apart."""
         meaning = self.meaning
-        is_masked = meaning.mask or meaning.padding or meaning.predicate or meaning.bias
+        is_padded = meaning.padding or meaning.hidden
+        is_masked = meaning.mask or is_padded or meaning.predicate or meaning.bias
         return 0 if is_masked or self.sinks or self.residue else 1
 
     def dense(self, mask: fx.Node, why: str) -> AttentionSite:

@@ -96,7 +96,7 @@ class FuseAttention(Pass[AttentionSite]):
                 [
                     *operands,
                     _mask(builder, bound),
-                    _padding(builder, meaning.padding),
+                    _padding(builder, meaning),
                     None if bound.sinks is None else bound.sinks.emit(builder),
                     *([list(meaning.aux)] if meaning.aux else []),
                 ],
@@ -138,7 +138,12 @@ def _mask(builder: GraphBuilder, site: AttentionSite) -> fx.Node | None:
     return builder.emit(aten.logical_not.default, [mask], like=[mask])
 
 
-def _padding(builder: GraphBuilder, parts: tuple[fx.Node, ...]) -> fx.Node | None:
+def _padding(builder: GraphBuilder, meaning: MaskMeaning) -> fx.Node | None:
+    no = aten.logical_not.default
+    parts = [
+        *meaning.padding,
+        *(builder.emit(no, [node], like=[node]) for node in meaning.hidden),
+    ]
     if not parts:
         return None
     result = parts[0]
@@ -156,6 +161,7 @@ def _hooked(graph: Graph, node: fx.Node) -> AttentionSite:
         bool(argument(node, "causal")),
         int(argument(node, "window")),
         () if pad is None else (pad,),
+        (),
         str(argument(node, "predicate")),
         str(argument(node, "bias")),
         tuple(argument(node, "aux") or ()),
@@ -177,6 +183,7 @@ def _hooked(graph: Graph, node: fx.Node) -> AttentionSite:
             given.causal or alone.causal,
             given.window or alone.window,
             (*given.padding, *alone.padding),
+            alone.hidden,
             alone.predicate,
             alone.bias,
             alone.aux,

@@ -35,6 +35,19 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
+# Whole floats up to here are exact in float32.
+_LARGEST_WHOLE = 1 << 24
+
+
+def _whole(e: Expr) -> Expr | None:
+    """The integer that a float expression surely is."""
+    if isinstance(e, ia.Call) and e.op == "float":
+        return e.args[0]
+    if isinstance(e, ia.Num) and float(e.value).is_integer() and abs(e.value) < _LARGEST_WHOLE:
+        return ia.integer(int(e.value))
+    return None
+
+
 def float_leaf(op: str, x: Expr, y: Expr) -> Expr:
     """An operation of FOLDED on floats, folded for numbers and neutral elements."""
     if isinstance(x, ia.Num) and isinstance(y, ia.Num):
@@ -47,6 +60,9 @@ def float_leaf(op: str, x: Expr, y: Expr) -> Expr:
         return x
     if (op == "add" and x == zero) or (op == "mul" and x == one):
         return y
+    whole_x, whole_y = _whole(x), _whole(y)
+    if op in ("add", "sub") and whole_x is not None and whole_y is not None:
+        return ia.Call("float", (ia.add(whole_x, whole_y, 1 if op == "add" else -1),))
     return ia.Call(op, (x, y))
 
 
@@ -142,15 +158,6 @@ def _remainder(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Ex
     if x is None or not isinstance(divisor, int) or divisor <= 0 or ia.kind_of(x) != "int":
         return None
     return ia.over_leaves(x, lambda a: ia.remainder(a, divisor))
-
-
-def _whole(e: Expr) -> Expr | None:
-    """The integer that a float expression surely is."""
-    if isinstance(e, ia.Call) and e.op == "float":
-        return e.args[0]
-    if isinstance(e, ia.Num) and float(e.value).is_integer():
-        return ia.integer(int(e.value))
-    return None
 
 
 def _compare_leaf(op: str, x: Expr, y: Expr) -> Expr:

@@ -51,7 +51,7 @@ def _steps(data: Tensor) -> Expr | None:
         return None
     row = data.reshape(length)
     start, step = row[0].item(), (row[1] - row[0]).item()
-    if not (float(start).is_integer() and float(step).is_integer()):
+    if not (float(start).is_integer() and float(step).is_integer()) or step == 0:
         return None
     if not torch.equal(row, start + step * torch.arange(length).to(row.dtype)):
         return None

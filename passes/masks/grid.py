@@ -43,7 +43,7 @@ class Candidate:
 
 def agrees(graph: Graph, candidate: Candidate, meaning: MaskMeaning) -> bool:
     """True when every grid agrees, or when the mask's nodes cannot be run on their own."""
-    wanted = [candidate.last, *meaning.padding, *meaning.aux]
+    wanted = [candidate.last, *meaning.padding, *meaning.hidden, *meaning.aux]
     if meaning.mask is not None:
         wanted.append(meaning.mask)
     if candidate.factor is not None:
@@ -110,7 +110,8 @@ def _agrees_at(
                 if isinstance(length, torch.SymInt):
                     symbols.setdefault(str(length), 2 if position == 0 else size)
     generator = torch.Generator().manual_seed(size)
-    claimed = set(_ancestors(meaning.padding, None) or ()) if meaning.padding else set()
+    bits = (*meaning.padding, *meaning.hidden)
+    claimed = set(_ancestors(bits, None) or ()) if bits else set()
     try:
         shape = _concrete(candidate.like, symbols)
         scores = torch.randn(shape, generator=generator)
@@ -137,6 +138,7 @@ def _agrees_at(
         values = run(scores)
         last = values[candidate.last]
         padding = [values[node].bool() for node in meaning.padding]
+        padding += [~values[node].bool() for node in meaning.hidden]
         aux = [values[node] for node in meaning.aux]
         mask = None if meaning.mask is None else values[meaning.mask]
         if candidate.residue:

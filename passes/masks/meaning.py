@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -39,12 +40,13 @@ _MOST_INDICES = {"bool": 2, "float": 1}
 class MaskMeaning:
     """Arguments of `graphopt::attention`. why_dense: code and text, when `mask` is set.
 
-    padding: nodes whose conjunction is the padding operand.
+    padding, hidden: nodes of which all and none hold where the padding operand does.
     """
 
     causal: bool = False
     window: int = 0
     padding: tuple[fx.Node, ...] = ()
+    hidden: tuple[fx.Node, ...] = ()
     predicate: str = ""
     bias: str = ""
     aux: tuple[fx.Node, ...] = ()
@@ -58,6 +60,10 @@ class Unproven:
 
     code: str
     text: str
+
+
+_Conjuncts: TypeAlias = tuple[bool, int, list[fx.Node], list[fx.Node], list[Expr]]
+"""causal, window, padding, hidden, other conditions."""
 
 
 def reader(graph: Graph) -> MaskValues:
@@ -76,7 +82,7 @@ class _Meaning:
         self.aux: list[fx.Node] = []
 
     def read(self, visible: Expr, bias: Expr | None) -> MaskMeaning | Unproven:
-        causal, window, padding, other = self._conjuncts(visible)
+        causal, window, padding, hidden, other = self._conjuncts(visible)
         predicates, dense = [], []
         for part in other:
             written = self._text(part)
@@ -107,6 +113,7 @@ class _Meaning:
             causal,
             window,
             tuple(padding),
+            tuple(hidden),
             " and ".join(f"({p})" if " or " in p else p for p in predicates),
             bias_text,
             tuple(self.aux),
@@ -119,12 +126,13 @@ class _Meaning:
             return "bias-from-data: the bias depends on more than indices"
         return f"mask-not-proven: no known meaning: {_brief(dense)}" if dense else ""
 
-    def _conjuncts(self, visible: Expr) -> tuple[bool, int, list[fx.Node], list[Expr]]:
+    def _conjuncts(self, visible: Expr) -> _Conjuncts:
         b, q, k = axis(0), axis(2), axis(3)
         # Distance from a key to the query's own position: >= 0 for the past.
         distance = ia.add(ia.add(q, k, -1), self.gap)
         causal, window, ahead = False, 0, 0
         padding: list[fx.Node] = []
+        hidden: list[fx.Node] = []
         other: list[Expr] = []
         limits: dict[Var, Expr] = {
             q: ia.add(self.queries, ia.integer(-1)),
@@ -151,6 +159,10 @@ class _Meaning:
                 if node is not None:
                     padding.append(node)
                     continue
+                node = self._node_of(ia.negate(part), "bool", rank=2)
+                if node is not None:
+                    hidden.append(node)
+                    continue
             other.append(part)
         if ahead and (causal or ahead != window):
             if not causal:
@@ -161,7 +173,7 @@ class _Meaning:
         if ahead and not causal and ahead != window and window:
             other.append(ia.at_least_zero(ia.add(ia.integer(window - 1), distance, -1)))
             window = 0
-        return causal, window, padding, other
+        return causal, window, padding, hidden, other
 
     def _shows_something(self, causal: bool, window: int, other: list[Expr]) -> bool:
         """A query sees the key at its own position or the first one, or an input hides it."""

@@ -11,7 +11,7 @@ from graphopt.ir.graph import argument, dtype_of, is_call
 from graphopt.passes.masks import algebra as ia
 from graphopt.passes.masks.algebra import Expr, Var
 from graphopt.passes.masks.arithmetic import float_leaf, overloads
-from graphopt.passes.masks.reshapes import reshape
+from graphopt.passes.masks.reshapes import bounded, limits, reshape
 from graphopt.passes.masks.values import (
     PRODUCT,
     Grid,
@@ -71,6 +71,39 @@ def _product_and_more(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]
         return product
     added = ia.over_leaves(more, lambda leaf: float_leaf("mul", leaf, factor))
     return ia.over_leaves(added, lambda leaf: float_leaf("add", product, leaf))
+
+
+def _repeat(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
+    """Whole copies, one behind the other."""
+    assert isinstance(node.args[0], fx.Node)
+    grid = values.of(node.args[0])
+    moves: dict[Var, Expr] = {}
+    for old, size in enumerate(grid.sizes):
+        new = old + len(sizes) - len(grid.sizes)
+        moves[axis(old)] = axis(new)
+        if isinstance(size, ia.Num):
+            moves[axis(old)] = ia.remainder(axis(new), int(size.value))
+        elif size != sizes[new]:
+            return None
+    return bounded(ia.substitute(grid.element, moves), limits(sizes))
+
+
+def _repeat_each(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
+    """Every element several times."""
+    assert isinstance(node.args[0], fx.Node)
+    dim, times = argument(node, "dim"), argument(node, "repeats")
+    if not isinstance(dim, int) or not isinstance(times, int) or times <= 0:
+        return None
+    at = axis(dim % len(sizes))
+    return ia.substitute(values.of(node.args[0]).element, {at: ia.floor_divide(at, times)})
+
+
+def _flip(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
+    assert isinstance(node.args[0], fx.Node)
+    moves: dict[Var, Expr] = {}
+    for dim in (int(d) % len(sizes) for d in argument(node, "dims")):
+        moves[axis(dim)] = ia.add(ia.add(sizes[dim], ia.integer(-1)), axis(dim), -1)
+    return ia.substitute(values.of(node.args[0]).element, moves)
 
 
 def _dropout(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
@@ -210,13 +243,17 @@ def _difference(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> E
 
 
 def _cumulative_sum(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
-    """Of a constant."""
+    """Of a whole number."""
     assert isinstance(node.args[0], fx.Node)
-    x = as_kind(values, values.of(node.args[0]).element, "int", torch.int64)
-    dim = int(argument(node, "dim")) % len(sizes)
-    if not isinstance(x, ia.Num) or kind(dtype_of(node)) != "int":
+    element = values.of(node.args[0]).element
+    if isinstance(element, ia.Num) and not float(element.value).is_integer():
         return None
-    return ia.times(ia.add(axis(dim), ia.integer(1)), int(x.value))
+    x = as_kind(values, element, "int", torch.int64)
+    dim = int(argument(node, "dim")) % len(sizes)
+    if not isinstance(x, ia.Num):
+        return None
+    total = ia.times(ia.add(axis(dim), ia.integer(1)), int(x.value))
+    return as_kind(values, total, kind(dtype_of(node)), dtype_of(node))
 
 
 MOVING: dict[object, Rule] = {
@@ -272,6 +309,9 @@ MOVING: dict[object, Rule] = {
         ),
         reshape,
     ),
+    aten.repeat.default: _repeat,
+    aten.repeat_interleave.self_int: _repeat_each,
+    aten.flip.default: _flip,
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.index.Tensor: _index,

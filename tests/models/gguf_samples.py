@@ -90,7 +90,8 @@ def write_gguf(
     """Write `model` and return what each tensor dequantizes to, in Hugging Face's row order.
 
     quantize: block type of a matrix from its GGUF name. replace: GGUF tensors to put in place of
-    the model's (None: leave out). keys: architecture-prefixed metadata to add or replace.
+    the model's (None: leave out). keys: architecture-prefixed metadata to add or replace, or to
+    leave out (None).
     """
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -110,7 +111,8 @@ def write_gguf(
     }
     for key, value in metadata.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-        add[type(value)](f"{architecture}.{key}", value)
+        if value is not None:
+            add[type(value)](f"{architecture}.{key}", value)
     if tokenizer:
         _add_tokenizer(writer)
     permuted = {"attn_q.": HEADS, "attn_k.": KV_HEADS} if architecture == "llama" else {}

@@ -53,8 +53,8 @@ def compiled(model: Any, folder: Path, road: str) -> Program:
 
 GREEDY: list[dict[str, Any]] = [
     {"repetition_penalty": 1.8},
-    {"no_repeat_ngram_size": 2},
-    {"bad_words_ids": [[9], [8, 7], [3, 4, 5]]},
+    {"no_repeat_ngram_size": 1},
+    {"bad_words_ids": [[8, 7], [3, 4, 5], *([n] for n in range(0, 40, 2))]},
     {"suppress_tokens": list(range(0, 40, 2))},
     {"begin_suppress_tokens": list(range(0, 40, 3))},
     {"eos_token_id": list(range(0, 40, 2)), "min_new_tokens": 5},

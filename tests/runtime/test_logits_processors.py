@@ -159,10 +159,10 @@ def test_neighbours_chunks_and_preemption_change_nothing(
 def test_settings_that_rule_out_every_token(program: Program) -> None:
     everything = tuple(range(VOCABULARY))
     with pytest.raises(BackendError, match="after the request's own penalties and bans: requests"):
-        program.generate([1, 2], suppress_tokens=everything)
+        program.generate([1, 2], max_tokens=2, suppress_tokens=everything)
     # The others go on.
     engine = program.engine()
-    bad = engine.submit([1, 2], SamplingParams(suppress_tokens=everything))
+    bad = engine.submit([1, 2], SamplingParams(max_tokens=2, suppress_tokens=everything))
     good = engine.submit([1, 2], SamplingParams(max_tokens=1))
     with pytest.raises(BackendError):
         engine.step()
