@@ -23,8 +23,9 @@ from graphopt.codegen.backend import (
     ServingExecutable,
 )
 from graphopt.errors import RequestError, RowDependenceError, did_you_mean
-from graphopt.inputs import check_inputs, input_types
+from graphopt.inputs import check_inputs, input_types, sequence_name, size_limits
 from graphopt.ir.graph import Graph
+from graphopt.ir.limits import Limit, lowest
 from graphopt.oracle import whole_prompt_logits
 from graphopt.report import Rejection, Report
 from graphopt.runtime import Completion, Engine, SamplingParams, TokenEvent
@@ -80,6 +81,7 @@ class Program:
         self.trace = Trace() if trace is None else trace
         self._backend = backend
         self._input_types = input_types(graph)
+        self._limits = size_limits(graph)
         self._forward: ForwardExecutable | None = None
         self._serving: ServingExecutable | None = None
         if serving is not None:
@@ -89,6 +91,12 @@ class Program:
             self._serving = backend.lower_serving(
                 serving, KV_DTYPES[options.kv_dtype], options.max_context
             )
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """The sizes it takes: every condition that capture or a table of the model set, with the
+        line of the model that caused it."""
+        return self._limits
 
     @property
     def executable(self) -> ServingExecutable:
@@ -121,7 +129,7 @@ class Program:
         """
         names = [spec.name for spec in self.graph.inputs]
         values = _bind(names, inputs, named)
-        check_inputs(self._input_types, values)
+        check_inputs(self._input_types, values, self._limits)
         try:
             if self._serving is not None and len(values) == 1:
                 return whole_prompt_logits(self.executable, values[0])
@@ -149,7 +157,11 @@ class Program:
                     f"the engine has no option {name!r}; there are {', '.join(known)}"
                     + did_you_mean(name, known)
                 )
-        return Engine(self.executable, self.tokenizer, self.options.eos_token_ids, **options)
+        name = sequence_name(self._input_types)
+        shortest = None if name is None else lowest(self._limits, name)
+        return Engine(
+            self.executable, self.tokenizer, self.options.eos_token_ids, shortest, **options
+        )
 
     def generate(
         self,

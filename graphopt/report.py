@@ -128,7 +128,8 @@ class NumericChange:
 class Report:
     """The record of one compilation: stages outside the passes in seconds, then the passes.
 
-    disabled: passes that the user turned off.
+    disabled: passes that the user turned off. limits: the sizes that the program takes, each with
+    the line of the model that caused it.
     """
 
     passes: list[PassRecord] = field(default_factory=list)
@@ -136,6 +137,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     numerics: list[NumericChange] = field(default_factory=list)
     disabled: list[str] = field(default_factory=list)
+    limits: list[str] = field(default_factory=list)
 
     def sites(self, pass_name: str) -> int:
         """Number of rewrites a pass applied, over all its runs."""
@@ -162,6 +164,7 @@ class Report:
         that compiled, are left out."""
         return {
             "disabled": list(self.disabled),
+            "limits": list(self.limits),
             "numerics": [asdict(change) for change in self.numerics],
             "passes": [
                 {
@@ -187,6 +190,7 @@ class Report:
                 for entry in data["passes"]
             ],
             disabled=list(data["disabled"]),
+            limits=list(data.get("limits", ())),
             numerics=[NumericChange(**change) for change in data.get("numerics", ())],
         )
 

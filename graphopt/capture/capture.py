@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
-from graphopt.capture.bounds import export_module, limits_of
+from graphopt.capture.bounds import limits_of, limits_of_exported
 from graphopt.capture.export import graph_from_exported
 from graphopt.capture.hf import attention_hooks
 from graphopt.capture.mask_marker import take_out
+from graphopt.capture.size_decisions import Decisions
+from graphopt.capture.size_one import sizes_kept_from_one
 from graphopt.capture.source import ModelSource
+from graphopt.capture.torch_export import export_module
 from graphopt.errors import CaptureError
 from graphopt.ir.graph import Graph
 from graphopt.ops.registry import load_all
@@ -51,7 +54,7 @@ def capture(
         _refuse_options(example, dynamic, strict)
         graph = graph_from_exported(model, type(model).__name__)
         graph.symbols.update(_symbol_names(graph))
-        graph.limits.update(limits_of(model, graph.symbols))
+        graph.limits = limits_of_exported(model, graph.symbols)
         return graph
     if isinstance(model, Graph):
         raise CaptureError("the model is a Graph: it is captured already")
@@ -64,7 +67,7 @@ def capture(
         )
     if module.training:
         raise CaptureError("the model is in training mode; call model.eval() first")
-    call = _bind(module, example)
+    call, positional = _bind(module, example)
     # torch.export takes one tensor given twice for one input.
     call = {n: v.clone() if isinstance(v, Tensor) else v for n, v in call.items()}
     tensors = {name: value for name, value in call.items() if isinstance(value, Tensor)}
@@ -74,7 +77,7 @@ def capture(
         call.setdefault("use_cache", False)
     axes = _axes(tensors, dynamic)
     with _materialised(module), torch.no_grad():
-        graph = _graph(module, _in_order(module, call), axes, strict, source.name)
+        graph = _graph(module, _in_order(module, call), axes, strict, source.name, positional)
     for name in list(graph.weights):
         if name in source.packed:
             graph.packed[name] = source.packed[name]
@@ -88,16 +91,27 @@ def _graph(
     axes: Mapping[str, Mapping[int, str]],
     strict: bool,
     name: str,
+    positional: Sequence[str],
 ) -> Graph:
     """Export; a transformers model with graphopt as its attention, unless its layers do not go
     through transformers' attention interface: then as it is."""
 
     def exported() -> Graph:
-        program = export_module(module, call, axes, strict, name)
+        graph, decisions = exported_with(call, axes)
+        limits = limits_of(decisions, graph.symbols)
+        kept = sizes_kept_from_one(
+            graph, decisions, limits, call, axes, lambda *smaller: exported_with(*smaller)[0]
+        )
+        graph.limits = (*limits, *kept)
+        return graph
+
+    def exported_with(
+        call: Mapping[str, Any], axes: Mapping[str, Mapping[int, str]]
+    ) -> tuple[Graph, Decisions]:
+        program, decisions = export_module(module, call, axes, strict, name, positional)
         graph = graph_from_exported(program, name)
         graph.symbols.update(_symbol_names(graph, axes))
-        graph.limits.update(limits_of(program, graph.symbols))
-        return graph
+        return graph, decisions
 
     if not isinstance(module, PreTrainedModel):
         return exported()
@@ -131,16 +145,22 @@ def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(module.forward).parameters
 
 
-def _bind(module: nn.Module, example: Example | None) -> dict[str, Any]:
+def _bind(module: nn.Module, example: Example | None) -> tuple[dict[str, Any], list[str]]:
+    """The arguments by name, and which of them forward takes by position alone.
+
+    What falls into *args is called args_0, args_1, ...
+    """
     parameters = _parameters(module)
-    names = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    by_position = inspect.Parameter.POSITIONAL_ONLY
+    names = [n for n, p in parameters.items() if p.kind in (by_position, p.POSITIONAL_OR_KEYWORD)]
+    positional = [n for n in names if parameters[n].kind is by_position]
     if example is None:
         if not names or names[0] != "input_ids":
             raise CaptureError(
                 f"no example given, and the first argument of {type(module).__name__}.forward is "
                 f"{names[0] if names else 'missing'!r}, not 'input_ids'"
             )
-        return {"input_ids": torch.ones((2, 16), dtype=torch.int64)}
+        return {"input_ids": torch.ones((2, 16), dtype=torch.int64)}, positional
     if isinstance(example, Tensor):
         example = (example,)
     if isinstance(example, Mapping):
@@ -148,10 +168,15 @@ def _bind(module: nn.Module, example: Example | None) -> dict[str, Any]:
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if unknown and not takes_any:
             raise CaptureError(f"forward has no argument {unknown[0]!r}; it has {names}")
-        return dict(example)
+        return dict(example), [n for n in positional if n in example]
     if len(example) > len(names):
-        raise CaptureError(f"{len(example)} example arguments for forward({', '.join(names)})")
-    return dict(zip(names, example, strict=False))
+        rest = next((n for n, p in parameters.items() if p.kind is p.VAR_POSITIONAL), None)
+        if rest is None:
+            raise CaptureError(f"{len(example)} example arguments for forward({', '.join(names)})")
+        names += [f"{rest}_{index}" for index in range(len(example) - len(names))]
+        positional = names
+    call = dict(zip(names, example, strict=False))
+    return call, [n for n in positional if n in call]
 
 
 def _axes(tensors: Mapping[str, Tensor], dynamic: Dynamic | bool) -> dict[str, dict[int, str]]:
@@ -164,12 +189,6 @@ def _axes(tensors: Mapping[str, Tensor], dynamic: Dynamic | bool) -> dict[str, d
         axes[name] = {0: "batch"} if tensor.ndim else {}
         if tensor.ndim > 1 and not tensor.is_floating_point():
             axes[name][1] = "sequence"
-        for axis, dim in axes[name].items():
-            if tensor.shape[axis] < 2:
-                raise CaptureError(
-                    f"axis {axis} ({dim}) of example input {name!r} has size "
-                    f"{tensor.shape[axis]}; a dynamic axis needs at least 2 in the example"
-                )
     return axes
 
 

@@ -16,6 +16,12 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
+from graphopt.capture.refusals import (
+    refused_change,
+    refused_layout,
+    refused_node,
+    refused_output,
+)
 from graphopt.errors import CaptureError
 from graphopt.ir.clean import remove_dead
 from graphopt.ir.graph import Graph, InputSpec, graph_module, value_name
@@ -68,10 +74,8 @@ def graph_from_exported(
     signature = program.graph_signature
     for spec in signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
-            raise CaptureError(
-                f"the model changes its state ({spec.kind.name.lower()} of {spec.target}); "
-                "graphopt captures pure forwards: pass use_cache=False or remove the mutation"
-            )
+            written = next((n for n in program.graph.nodes if n.name == spec.arg.name), None)
+            raise refused_change(spec.kind.name.lower(), str(spec.target), written, source_of)
     weights: dict[str, Tensor] = {}
     lifted: dict[str, str] = {}
     first_name: dict[int, str] = {}
@@ -116,13 +120,13 @@ def graph_from_exported(
             module = str(getattr(node.target, "__module__", ""))
             is_op = isinstance(node.target, torch._ops.OpOverload)
             if not is_op and module not in ("_operator", "operator", "math", "torch"):
-                raise CaptureError(
-                    f"{node.target} is not an op graphopt can rewrite "
-                    f"({source_of(node) or node.name})"
-                )
+                raise refused_node(node, source_of)
             made = new.node_copy(node, mapping.__getitem__)
         else:
-            raise CaptureError(f"node {node.name} of kind {node.op} (higher-order op?)")
+            # A nested graph; the call that runs it says what it is.
+            raise refused_node(next(iter(node.users), node), source_of)
+        if isinstance(value := node.meta.get("val"), Tensor) and value.layout != torch.strided:
+            raise refused_layout(node, source_of)
         made.meta = {
             "val": node.meta.get("val"),
             "layer": layer_of(node),
@@ -164,5 +168,5 @@ def _flat_outputs(node: fx.Node, mapping: Mapping[fx.Node, fx.Node]) -> list[fx.
         if isinstance(value, fx.Node):
             outputs.append(mapping[value])
         elif value is not None:
-            raise CaptureError(f"the model returns {value!r}; only tensors can be graph outputs")
+            raise refused_output(value)
     return outputs

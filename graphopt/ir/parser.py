@@ -24,6 +24,7 @@ from graphopt.errors import ProgramFormatError, UnsupportedError
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph, InputKind, InputSpec, graph_module
 from graphopt.ir.history import read_history
+from graphopt.ir.limits import Limit, read_limit
 from graphopt.ir.names import plain_name
 from graphopt.ir.printer import VERSION, Printer
 from graphopt.ir.shapes import DTYPES_BY_NAME, SymbolicInputs
@@ -129,6 +130,10 @@ class _Parser:
                     handler(match)
                     break
             else:
+                limit = read_limit(line)
+                if limit is not None:
+                    self._limit(limit)
+                    continue
                 raise self.fail(f"not a line of a graph: {line[:60]!r}")
         if not is_done:
             raise self.fail("the text ends before 'return'")
@@ -148,6 +153,13 @@ class _Parser:
         self.nodes[f"%{match['name']}"] = self.builder.input(match["name"], value)
         spec = InputSpec(match["name"], cast(InputKind, match["kind"]))
         self.graph.inputs = (*self.graph.inputs, spec)
+
+    def _limit(self, limit: Limit) -> None:
+        unknown = limit.names - set(self.fake.names.values())
+        # A serving graph counts token rows; its limits are those of one request.
+        if unknown and self.graph.dialect == "captured":
+            raise self.fail(f"limit of {min(unknown)!r}, which is no size of an input")
+        self.graph.limits = (*self.graph.limits, limit)
 
     def _weights(self, match: re.Match[str]) -> None:
         if match["first"] is None:
