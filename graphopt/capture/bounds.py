@@ -39,7 +39,7 @@ def limits_of(decisions: Decisions, names: Mapping[str, str]) -> tuple[Limit, ..
     """
     kept: dict[tuple[Any, ...], Limit] = {}
     rest: list[tuple[sympy.Rel, Decision]] = []
-    for decision in decisions.found.values():
+    for decision in _distinct(decisions):
         for relation in _relations(decision, decisions, names):
             limit = _simple(relation, decision, names) or _smallest(relation, decision, names)
             if limit is None:
@@ -84,7 +84,7 @@ def turned_by_one(decisions: Decisions, names: Mapping[str, str]) -> dict[str, D
     """Name of a size -> the first branch of the model that goes the other way when it is 1."""
     turned: dict[str, Decision] = {}
     for decision in decisions.found.values():
-        if not decision.is_branch:
+        if not decision.is_branch or decision.is_same_for_one:
             continue
         condition = _current(decision, decisions)
         for symbol in sorted(condition.free_symbols, key=str):
@@ -100,9 +100,17 @@ def cause_of_fixed(decisions: Decisions, symbol: str) -> Decision | None:
     """The answer that made a size one number."""
     for decision in decisions.found.values():
         condition = decision.condition
-        if isinstance(condition, sympy.Eq) and str(symbol) in map(str, condition.free_symbols):
+        if isinstance(condition, sympy.Eq) and symbol in map(str, condition.free_symbols):
             return decision
     return None
+
+
+def _distinct(decisions: Decisions) -> list[Decision]:
+    """The first decision of each condition and kind."""
+    first: dict[Any, Decision] = {}
+    for found in decisions.found.values():
+        first.setdefault((found.condition, found.is_branch, found.is_layout), found)
+    return list(first.values())
 
 
 def _current(decision: Decision, decisions: Decisions) -> sympy.Basic:
@@ -210,15 +218,15 @@ def _is_true(
     relation: sympy.Rel, values: Mapping[sympy.Symbol, tuple[sympy.Expr, int, int]]
 ) -> bool:
     """True when the relation is proven for all these values."""
-    put = {symbol: expression for symbol, (expression, _, _) in values.items()}
-    # A function of torch's may refuse what it cannot say; the relation is kept then.
-    with contextlib.suppress(Exception):
-        replaced = relation.func(sympy.expand(relation.lhs.subs(put)), relation.rhs)
-        if replaced == sympy.true or sympy.simplify(replaced) == sympy.true:
-            return True
+    # torch's functions of sizes may refuse what they cannot say; the relation is kept then.
     with contextlib.suppress(Exception):
         ranges = {symbol: ValueRanges(low, sympy.oo) for symbol, (_, low, _) in values.items()}
-        return bool(bound_sympy(relation, ranges).lower == sympy.true)
+        if bound_sympy(relation, ranges).lower == sympy.true:
+            return True
+    with contextlib.suppress(Exception):
+        put = {symbol: expression for symbol, (expression, _, _) in values.items()}
+        replaced = relation.func(sympy.expand(relation.lhs.subs(put)), relation.rhs)
+        return bool(replaced == sympy.true or sympy.simplify(replaced) == sympy.true)
     return False
 
 

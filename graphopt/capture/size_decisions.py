@@ -20,6 +20,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.logic.boolalg import BooleanFunction
 from torch.fx.experimental import sym_node, symbolic_shapes
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -44,6 +45,8 @@ _LAYOUT = (
     "compute_elementwise_output_logical_to_physical_perm",
     "_reshape_view_helper_core_alg",
 )
+# transformers expands position ids to the batch there, unless it is 1: then both are one row.
+_SAME_FOR_ONE = {("masking_utils.py", "_preprocess_mask_arguments")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ class Decision:
     condition: what the capture took for true. source: file and line of the innermost model code
     ("model.py:12"). is_branch: Python asked, in a model's code or in torch.nn; else an op did.
     is_layout: an op asked how a tensor lies in memory. is_assert: the model asserts it.
+    is_same_for_one: known to make no difference where the size is 1.
     """
 
     condition: sympy.Basic
@@ -60,6 +64,7 @@ class Decision:
     is_branch: bool
     is_layout: bool
     is_assert: bool
+    is_same_for_one: bool = False
 
 
 @dataclass(slots=True)
@@ -99,12 +104,15 @@ class Decisions:
                 is_assert = _is_assert(user)
         if key in self.found:
             return
-        if isinstance(expr, (sympy.Rel, sympy.logic.boolalg.Boolean)):
+        if isinstance(expr, (sympy.Rel, BooleanFunction)):
             condition = expr if bool(answer) else sympy.Not(expr)
         else:
             condition = sympy.Eq(expr, answer)
         is_layout = not is_branch and place.f_code.co_name in _LAYOUT
-        self.found[key] = Decision(condition, source, is_branch, is_layout, is_assert)
+        asked_by = (os.path.basename(file), place.f_code.co_name)
+        self.found[key] = Decision(
+            condition, source, is_branch, is_layout, is_assert, asked_by in _SAME_FOR_ONE
+        )
 
 
 @contextmanager

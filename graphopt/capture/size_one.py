@@ -31,6 +31,14 @@ _CAUSAL = {
 
 
 Axes = Mapping[str, Mapping[int, str]]
+# They change nothing of a value that keeps its shape.
+_WHOLE = (
+    aten.slice.Tensor,
+    aten.expand.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten.alias.default,
+)
 
 
 def sizes_kept_from_one(
@@ -119,6 +127,7 @@ class _Comparison:
                 if a_size is None or b_size is None or a_size != b_size:
                     return False
             elif isinstance(a, fx.Node) and isinstance(b, fx.Node):
+                a, b = self._origin(a, self.ours), self._origin(b, self.theirs)
                 if (a, b) in self.agreed:
                     continue
                 self.agreed.add((a, b))
@@ -133,6 +142,21 @@ class _Comparison:
             elif type(a) is not type(b) or a != b:
                 return False
         return True
+
+    def _origin(self, node: fx.Node, names: Mapping[sympy.Symbol, sympy.Expr]) -> fx.Node:
+        """The value itself, where `node` is all of it in the same shape."""
+        while is_call(node, *_WHOLE):
+            operand = node.args[0]
+            assert isinstance(operand, fx.Node)
+            shapes = [
+                [self._size(size, names) for size in value.meta["val"].shape]
+                for value in (node, operand)
+            ]
+            has_steps = is_call(node, aten.slice.Tensor) and argument(node, "step") != 1
+            if shapes[0] != shapes[1] or has_steps:
+                break
+            node = operand
+        return node
 
     def _shapes_agree(self, a: fx.Node, b: fx.Node) -> bool:
         ours, theirs = a.meta.get("val"), b.meta.get("val")
@@ -161,7 +185,7 @@ class _Comparison:
             self._size(operand.meta["val"].shape[-2], self.ours) == 1 for operand in node.args[:2]
         )
 
-    def _size(self, value: Any, names: dict[sympy.Symbol, sympy.Expr]) -> sympy.Expr | None:
+    def _size(self, value: Any, names: Mapping[sympy.Symbol, sympy.Expr]) -> sympy.Expr | None:
         """A size as an expression of names; None for a value that is no size."""
         if isinstance(value, fx.Node):
             value = value.meta.get("val")

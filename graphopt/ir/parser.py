@@ -95,6 +95,7 @@ class _Parser:
         self.builder = GraphBuilder(self.graph, self.fake.mode)
         self.nodes: dict[str, fx.Node] = {}
         self.types: list[tuple[int, fx.Node, str]] = []
+        self.limit_lines: list[tuple[int, Limit]] = []
         self.line = 0
 
     def fail(self, text: str) -> ProgramFormatError:
@@ -140,6 +141,7 @@ class _Parser:
         self.graph.symbols = self.fake.names
         used = [node.meta["number"] for _, node, _ in self.types]
         self.graph.next_number = max(used, default=-1) + 1
+        self._check_limits()
         self._check_types()
         return self.graph
 
@@ -155,11 +157,16 @@ class _Parser:
         self.graph.inputs = (*self.graph.inputs, spec)
 
     def _limit(self, limit: Limit) -> None:
-        unknown = limit.names - set(self.fake.names.values())
-        # A serving graph counts token rows; its limits are those of one request.
-        if unknown and self.graph.dialect == "captured":
-            raise self.fail(f"limit of {min(unknown)!r}, which is no size of an input")
+        self.limit_lines.append((self.line, limit))
         self.graph.limits = (*self.graph.limits, limit)
+        self.fake.limits = tuple({**dict.fromkeys(self.fake.limits), limit: None})
+
+    def _check_limits(self) -> None:
+        """A serving graph counts token rows; its limits are those of one request."""
+        for self.line, limit in self.limit_lines:
+            unknown = limit.names - set(self.fake.names.values())
+            if unknown and self.graph.dialect == "captured":
+                raise self.fail(f"limit of {min(unknown)!r}, which is no size of an input")
 
     def _weights(self, match: re.Match[str]) -> None:
         if match["first"] is None:

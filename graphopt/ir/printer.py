@@ -2,8 +2,8 @@
 
     gir 1
     graph "tiny" captured
-    input %input_ids : i64[batch, sequence] user
     limit sequence <= 24 branch  # model.py:12
+    input %input_ids : i64[batch, sequence] user
     weight @embed.weight : f32[100, 64]
     %0 : size[sequence] = aten.sym_size.int(%input_ids, 1)  #  | model.py:3
     %1 : f32[batch, sequence, 64] = aten.embedding(@embed.weight, %input_ids)  # embed | ...
@@ -57,6 +57,7 @@ class Printer:
         """The whole graph."""
         graph = self.graph
         lines = [f"gir {VERSION}", f"graph {json.dumps(graph.name)} {graph.dialect}"]
+        lines += [limit.line(has_source=not self.canonical) for limit in graph.limits]
         kinds = {spec.name: spec.kind for spec in graph.inputs}
         weights: dict[str, fx.Node] = {}
         body: list[str] = []
@@ -76,7 +77,6 @@ class Printer:
         types = {
             weight_text(name): self.type(weights[name].meta["val"]) for name in sorted(weights)
         }
-        lines += [limit.line(has_source=not self.canonical) for limit in graph.limits]
         lines += [f"weight @{name} : {kind}" for name, kind in _alike(types)]
         outputs = ", ".join(self._numbers[n] for n in graph.output_nodes)
         return "\n".join([*lines, *body, f"return {outputs}", ""])
