@@ -62,16 +62,19 @@ def outputs_of(graph: Graph, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         return (whole_prompt_logits(executable, inputs[0]),)
 
 
-def random_inputs(graph: Graph, seed: int = 0) -> tuple[Tensor, ...]:
+def random_inputs(
+    graph: Graph, seed: int = 0, *, first: int = 2, others: int = 11
+) -> tuple[Tensor, ...]:
     """Inputs of a captured graph: ids within their tables, masks of zeros and ones that start with
-    a one, normal floats; symbolic sizes are 2 on axis 0 and 11 (or their limit) elsewhere."""
+    a one, normal floats; symbolic sizes are `first` on axis 0 and `others` (or their limit)
+    elsewhere."""
     generator = torch.Generator().manual_seed(seed)
     sizes: dict[str, int] = {}
     made = []
     for kind in input_types(graph):
         shape = []
         for axis, (size, limit) in enumerate(zip(kind.sizes, kind.limits, strict=True)):
-            wanted = 2 if axis == 0 else 11
+            wanted = first if axis == 0 else others
             chosen = wanted if limit is None else min(wanted, limit)
             shape.append(size if isinstance(size, int) else sizes.setdefault(size, chosen))
         if kind.dtype.is_floating_point:
