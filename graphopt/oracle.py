@@ -75,10 +75,12 @@ def outputs_of(
         return (whole_prompt_logits(executable, inputs[0], like[0].shape if like else ()),)
 
 
-def random_inputs(graph: Graph, seed: int = 0) -> tuple[Tensor, ...]:
+def random_inputs(
+    graph: Graph, seed: int = 0, *, first: int = 2, others: int = 11
+) -> tuple[Tensor, ...]:
     """Inputs of a captured graph: ids within their tables, masks of zeros and ones that start with
-    a one, normal floats; symbolic sizes are 2 on axis 0 and 11 elsewhere, or as near as the limits
-    allow."""
+    a one, normal floats; symbolic sizes are `first` on axis 0 and `others` elsewhere, or as near as
+    the limits allow."""
     generator = torch.Generator().manual_seed(seed)
     sizes: dict[str, int] = {}
     made = []
@@ -87,7 +89,7 @@ def random_inputs(graph: Graph, seed: int = 0) -> tuple[Tensor, ...]:
         shape = []
         for axis, size in enumerate(kind.sizes):
             if isinstance(size, str) and size not in sizes:
-                sizes[size] = fitting_size(limits, size, 2 if axis == 0 else 11)
+                sizes[size] = fitting_size(limits, size, first if axis == 0 else others)
             shape.append(size if isinstance(size, int) else sizes[size])
         if kind.dtype.is_floating_point:
             made.append(torch.randn(shape, generator=generator).to(kind.dtype))

@@ -354,13 +354,6 @@ def refused_change(
     return CaptureError(_told(what, node, source, f"{_PURE}: {mend}"))
 
 
-def refused_output(value: Any) -> CaptureError:
-    """An output that is no tensor."""
-    return CaptureError(
-        f"the model returns {value!r}; only tensors can be graph outputs: return the tensors alone"
-    )
-
-
 _HIGHER_ORDER: dict[str, tuple[str, str]] = {
     "wrap_with_autocast": (
         "a part of the model runs under torch.autocast, which computes it in another dtype",
