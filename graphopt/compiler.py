@@ -13,13 +13,13 @@ from graphopt.capture import ModelSource, capture
 from graphopt.capture.capture import Dynamic, Example
 from graphopt.codegen.cpu.backend import select
 from graphopt.config import Config
+from graphopt.context import narrowing, stated_context
 from graphopt.dump import Dump, DumpWriter, as_dump
 from graphopt.edit import Edit, EditAfter
 from graphopt.errors import UnsupportedError
 from graphopt.expectations import check_counts, check_names
 from graphopt.inputs import longest_sequence, size_limits
 from graphopt.ir.graph import Graph
-from graphopt.context import narrowing, stated_context
 from graphopt.models import end_token_ids, load
 from graphopt.numerics import NumericsCheck
 from graphopt.options import (
@@ -116,9 +116,9 @@ def compile(
             graph = source.copy()
         else:
             graph = capture(source, example, dynamic=dynamic)
-    limits = size_limits(graph)
-    report.limits = [limit.told() for limit in limits]
-    for limit in narrowing(limits, stated_context(_module_config(source))):
+    sizes = size_limits(graph)
+    report.limits = [limit.told() for limit in sizes]
+    for limit in narrowing(sizes, stated_context(_module_config(source))):
         report.note(limit.narrows())
 
     serving_graph, refusal = None, None
