@@ -122,9 +122,9 @@ def compile(
             graph = capture(source, example, dynamic=dynamic)
     for note in graph.notes:
         report.note(note)
-    limits = size_limits(graph)
-    report.limits = [limit.told() for limit in limits]
-    for limit in narrowing(limits, stated_context(_module_config(source))):
+    sizes = size_limits(graph)
+    report.limits = [limit.told() for limit in sizes]
+    for limit in narrowing(sizes, stated_context(_module_config(source))):
         report.note(limit.narrows())
 
     serving_graph, refusal = None, None

@@ -21,8 +21,8 @@ _NAMES = (
 
 def stated_context(config: Any, names: Sequence[str] = _NAMES) -> int | None:
     """The number of tokens in a model's configuration (an object or a dict), None without one."""
-    read = config.get if isinstance(config, Mapping) else lambda name: getattr(config, name, None)
-    found = (read(name) for name in names)
+    is_dict = isinstance(config, Mapping)
+    found = (config.get(name) if is_dict else getattr(config, name, None) for name in names)
     return next(
         (n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), None
     )

@@ -161,8 +161,8 @@ class Program:
                     f"the engine has no option {name!r}; there are {', '.join(known)}"
                     + did_you_mean(name, known)
                 )
-        name = sequence_name(self._input_types)
-        shortest = None if name is None else lowest(self._limits, name)
+        sequence = sequence_name(self._input_types)
+        shortest = None if sequence is None else lowest(self._limits, sequence)
         return Engine(
             self.executable,
             self.tokenizer,

@@ -48,7 +48,7 @@ def limits_of(decisions: Decisions, names: Mapping[str, str]) -> tuple[Limit, ..
                 _keep(kept, limit)
     for limit in _multiples(rest, names):
         _keep(kept, limit)
-    lows = {name: 2 for name in names.values()}
+    lows = dict.fromkeys(names.values(), 2)
     factors = dict.fromkeys(names.values(), 1)
     for limit in kept.values():
         if limit.relation == ">=":
@@ -116,7 +116,7 @@ def _distinct(decisions: Decisions) -> list[Decision]:
 def _current(decision: Decision, decisions: Decisions) -> sympy.Basic:
     """The condition, sizes that turned out to be equal or fixed put in."""
     assert decisions.shape_env is not None
-    replaced: sympy.Basic = decisions.shape_env.replace(decision.condition)  # type: ignore[type-var]
+    replaced: sympy.Basic = decisions.shape_env.replace(decision.condition)
     return replaced
 
 
@@ -246,11 +246,11 @@ def _keep(kept: dict[tuple[Any, ...], Limit], limit: Limit) -> None:
     if limit.relation not in ("<=", ">="):
         key = (*key, limit.number)
     other = kept.get(key)
-    if other is None:
-        kept[key] = limit
-    elif limit.relation == "<=" and limit.number < other.number:
-        kept[key] = limit
-    elif limit.relation == ">=" and limit.number > other.number:
+    if (
+        other is None
+        or (limit.relation == "<=" and limit.number < other.number)
+        or (limit.relation == ">=" and limit.number > other.number)
+    ):
         kept[key] = limit
 
 

@@ -87,6 +87,12 @@ _RULES = (
     ),
     Rule(
         "UnsupportedOperatorException",
+        r"(aten\.\w*sparse\w*)",
+        "a sparse tensor is made or read ({0}), a layout graphopt does not have",
+        "use dense tensors (.to_dense)",
+    ),
+    Rule(
+        "UnsupportedOperatorException",
         r"([\w:]+\.\w+)",
         "torch cannot tell the shape that {0} gives",
         "register a fake implementation of it with torch.library.register_fake",
@@ -216,7 +222,8 @@ _RULES = (
     ),
     Rule(
         "",
-        r"doesn't have a fake|TorchScript|torch\.jit|ScriptModule|ScriptFunction",
+        r"doesn't have a fake|TorchScript|torch\.jit|ScriptModule|ScriptFunction|Lambda aren't|"
+        r"single top-level function",
         "the model uses TorchScript (torch.jit)",
         "capture the Python module that it was made from",
     ),
@@ -377,6 +384,10 @@ _HIGHER_ORDER: dict[str, tuple[str, str]] = {
         "use scaled_dot_product_attention with a mask or a bias",
     ),
     "batch_dim": (
+        "torch.func.vmap maps a function over a dimension",
+        "write the batch dimension out: the operations take leading dimensions",
+    ),
+    "lazy_load_decompositions": (
         "torch.func.vmap maps a function over a dimension",
         "write the batch dimension out: the operations take leading dimensions",
     ),

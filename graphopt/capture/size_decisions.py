@@ -90,7 +90,7 @@ class Decisions:
             place = place.f_back
         if place is None:
             return
-        key = (expr, answer, place.f_code, place.f_lineno)
+        key: tuple[Any, ...] = (expr, answer, place.f_code, place.f_lineno)
         if key in self.found and is_model_file(place.f_code.co_filename):
             return
         file = place.f_code.co_filename

