@@ -256,13 +256,11 @@ class _Rebuild:
 
     def _flat(self, logits: fx.Node) -> fx.Node:
         """The logits as `[L, V]`."""
-        axis = 0
-        value = self._rows_wanted(logits) if logits not in self.picked else self.picked[logits]
-        if logits in self.picked:
-            if len(shape_of(logits)) == 2:
-                return self.picked[logits]
-            axis = 1
-        return self.builder.emit(aten.select.int, [value, axis, 0], like=[logits])
+        is_picked = logits in self.picked
+        value: fx.Node = self.picked[logits] if is_picked else self._rows_wanted(logits)
+        if is_picked and len(shape_of(logits)) == 2:
+            return value
+        return self.builder.emit(aten.select.int, [value, int(is_picked), 0], like=[logits])
 
     def _is_kept(self, node: fx.Node) -> bool:
         """False for casts of the padding input and for asserts about types, proven by now."""
