@@ -9,6 +9,7 @@
 What stands between the product and the softmax is read as algebra (`graphopt.passes.masks`), not
 as a chain of ops: scales, softcap, additive and boolean masks in any order. A mask is dropped only
 when its meaning is proven; otherwise it stays a dense operand, with the reason in the report.
+Where no node holds it, the model's own ops on scores of zero give it (`attention_residue.py`).
 Repeated key/value heads are read un-repeated. Rejected, with a code: softmax over another axis,
 scores or probabilities used elsewhere, active dropout, a softmax made of exponentials, and whatever
 multiplies no two tensors of heads.
