@@ -110,8 +110,23 @@ def split(lowering: Lowering, node: fx.Node) -> bool:
     return True
 
 
+def unbind(lowering: Lowering, node: fx.Node) -> bool:
+    """Every index of a plain axis."""
+    source = lowering.view(node.args[0])
+    axis = int(argument(node, "dim")) % len(source.extents)
+    extent = source.extents[axis]
+    if extent.sym is not Sym.SYM_ONE:
+        return False
+    rest = (*source.extents[:axis], *source.extents[axis + 1 :])
+    parts = [source.narrowed(axis, i, Extent(1)).reshaped(rest) for i in range(extent.mult)]
+    if any(part is None for part in parts):
+        return False
+    lowering.parts[node] = [part for part in parts if part is not None]
+    return True
+
+
 def item(lowering: Lowering, node: fx.Node) -> bool:
-    """One part of a split."""
+    """One part of a split, one tensor of an unbind."""
     source, index = node.args[:2]
     if source not in lowering.parts or not isinstance(index, int):
         return False
@@ -200,6 +215,7 @@ RULES: dict[object, Rule] = {
     aten.chunk.default: split,
     aten.split.Tensor: split,
     aten.split_with_sizes.default: split,
+    aten.unbind.int: unbind,
     operator.getitem: item,
     aten.index_select.default: index_select,
 }

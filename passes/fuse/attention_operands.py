@@ -123,6 +123,8 @@ def _widens(node: fx.Node) -> bool:
 def transposed(operand: Operand) -> Operand:
     """Last two axes swapped; a swap that is there is taken off."""
     node = operand.node
+    if operand.steps and operand.steps[-1] == (aten.transpose.int, (-1, -2)):
+        return replace(operand, steps=operand.steps[:-1])
     if not operand.steps and is_call(node, aten.transpose.int):
         rank = len(shape_of(node))
         if {int(argument(node, d)) % rank for d in ("dim0", "dim1")} == {rank - 1, rank - 2}:
@@ -220,41 +222,46 @@ def _einsum(node: fx.Node, left_is: fx.Node | None) -> Product | None:
     equation, tensors = argument(node, "equation").replace(" ", ""), list(argument(node, "tensors"))
     inputs, arrow, out = equation.partition("->")
     letters = inputs.split(",")
-    if len(tensors) != 2 or not arrow or "." in equation or len(out) != 4:
+    if len(tensors) != 2 or not arrow or "." in equation or len(out) not in (3, 4):
         return None
     if left_is is not None:
         if left_is not in tensors or tensors[0] is tensors[1]:
             return None
-        if len(letters[tensors.index(left_is)]) != 4:
+        if len(letters[tensors.index(left_is)]) != len(out):
             return None
         if tensors[1] is left_is:
             letters, tensors = letters[::-1], tensors[::-1]
-        b, h, row, summed = letters[0]
+        *shared, row, summed = letters[0]
         column = next((x for x in letters[1] if x not in letters[0]), "")
     else:
-        b, h, row, column = out
+        *shared, row, column = out
         if row not in letters[0]:
             letters, tensors = letters[::-1], tensors[::-1]
         summed = next((x for x in letters[0] if x not in out), "")
-    left_order, right_order = b + h + row + summed, b + h + summed + column
-    if sorted(letters[0]) != sorted(left_order) or sorted(out) != sorted(b + h + row + column):
+    both = "".join(shared)
+    left_order, right_order = both + row + summed, both + summed + column
+    if sorted(letters[0]) != sorted(left_order) or sorted(out) != sorted(both + row + column):
         return None
-    if len(set(b + h + row + column + summed)) != 5 or set(letters[1]) - set(right_order):
+    if len(set(both + row + column + summed)) != len(out) + 1 or set(letters[1]) - set(right_order):
         return None
-    if not {summed, column, b} <= set(letters[1]):
+    if not {summed, column, shared[0]} <= set(letters[1]):
         return None
     left = _ordered(Operand(tensors[0]), letters[0], left_order)
     right = _ordered(Operand(tensors[1]), letters[1], right_order)
-    axes = b + h + row + column
+    axes = both + row + column
     order = tuple(axes.index(letter) for letter in out)
-    return Product(left, right, None if order == (0, 1, 2, 3) else order)
+    if len(out) == 3 and order != (0, 1, 2):
+        return None
+    return Product(left, right, None if order == tuple(range(len(out))) else order)
 
 
 def _ordered(operand: Operand, letters: str, order: str) -> Operand:
     """Permuted to `order`; a missing axis (heads of multi-query attention) gets size 1."""
     present = [letter for letter in order if letter in letters]
     permutation = [letters.index(letter) for letter in present]
-    if permutation != sorted(permutation):
+    if permutation == [0, 2, 1]:
+        operand = operand.then(aten.transpose.int, -1, -2)
+    elif permutation != sorted(permutation):
         operand = operand.then(aten.permute.default, permutation)
     for position, letter in enumerate(order):
         if letter not in letters:

@@ -163,6 +163,17 @@ def _select(values: MaskValues, node: fx.Node, _: tuple[Expr, ...]) -> Expr | No
     return ia.substitute(grid.element, {**later, axis(dim): at})
 
 
+def _index_select(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
+    assert isinstance(node.args[0], fx.Node)
+    dim = int(argument(node, "dim")) % len(sizes)
+    # A negative index is an error there, so none needs to be ruled out here.
+    at = values.element(argument(node, "index"), (sizes[dim],))
+    if at is None or ia.kind_of(at) != "int":
+        return None
+    moved = ia.substitute(at, {axis(0): axis(dim)})
+    return ia.substitute(values.of(node.args[0]).element, {axis(dim): moved})
+
+
 def _index(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
     """x[:, i, j]: index tensors on neighbouring axes, broadcast together."""
     assert isinstance(node.args[0], fx.Node)
@@ -304,6 +315,7 @@ MOVING: dict[object, Rule] = {
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.index.Tensor: _index,
+    aten.index_select.default: _index_select,
     aten.cat.default: _concatenate,
     aten.diff.default: _difference,
     aten.cumsum.default: _cumulative_sum,

@@ -66,6 +66,19 @@ class ScalarBias(Layer):
         return nn.functional.linear(x_BSD, self.inner.weight, self.bias)
 
 
+class Unbound(Layer):
+    """Parts taken apart along an axis of their own, in the middle, at the end."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+
+    def layer(self, x_BSD: Tensor) -> Tensor:
+        parts = x_BSD.unflatten(-1, (4, 3, 4)).unbind(self.axis)
+        whole = torch.cat([part * (i + 1) for i, part in enumerate(parts)], -1)
+        return whole.flatten(2)
+
+
 def close_to_eager(model: Layer) -> Program:
     # Folded, an expanded weight would be a weight for every column.
     program = graphopt.compile(model.eval(), IDS, disable=["fold_constants"])
@@ -86,6 +99,11 @@ def test_a_weight_that_is_broadcast(cls: type[Layer]) -> None:
     program = close_to_eager(model)
     used = {instr.op for instr in program.executable._instrs()}  # type: ignore[attr-defined]
     assert not used & {Op.OP_RMS_NORM, Op.OP_LAYER_NORM}
+
+
+@pytest.mark.parametrize("axis", [2, 3, -1])
+def test_unbind_is_views(axis: int) -> None:
+    close_to_eager(Unbound(axis))
 
 
 def test_a_weight_for_every_column_takes_the_kernel() -> None:

@@ -107,7 +107,17 @@ def by_tril(scores: Tensor, q: Tensor) -> Tensor:
     return scores.masked_fill(~torch.ones(s, s, dtype=torch.bool).tril(), NEGATIVE)
 
 
-@pytest.mark.parametrize("mask", [by_masked_fill, by_addition, by_commuted_addition, by_tril])
+TABLE = torch.full((64, 64), NEGATIVE).triu(1)
+
+
+def by_rows_of_a_table(scores: Tensor, q: Tensor) -> Tensor:
+    s = q.shape[2]
+    return scores + TABLE.index_select(0, torch.arange(s))[:, :s]
+
+
+@pytest.mark.parametrize(
+    "mask", [by_masked_fill, by_addition, by_commuted_addition, by_tril, by_rows_of_a_table]
+)
 def test_causal_masks_are_proven_and_gone(mask: Scores) -> None:
     graph, _ = fuse(lambda q, k, v: softmax(q, k, v, mask))
     found = the_attention(graph)
@@ -318,7 +328,7 @@ def test_our_gpt2_and_bert() -> None:
     assert_close(run(graph, ids, mask), bert(ids, mask))
 
 
-@pytest.mark.parametrize("spelling", ["sdpa", "by hand", "folded heads"])
+@pytest.mark.parametrize("spelling", ["sdpa", "by hand", "folded heads", "folded, einsum"])
 def test_three_axes_can_be_served(spelling: str) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         b, h, s, d = q.shape
@@ -326,6 +336,10 @@ def test_three_axes_can_be_served(spelling: str) -> None:
             q, k, v = (x.reshape(b * h, s, d) for x in (q, k, v))
             scores = by_tril(torch.bmm(q, k.transpose(1, 2)) * 0.3, q[None])
             return torch.bmm(scores.softmax(-1), v).view(b, h, s, d)
+        if spelling == "folded, einsum":
+            q, k, v = (x.reshape(b * h, s, d) for x in (q, k, v))
+            scores = by_tril(torch.einsum("b i d, b j d -> b i j", q, k) * 0.3, q[None])
+            return torch.einsum("bij,bjd->bid", scores.softmax(-1), v).view(b, h, s, d)
         q, k, v = (x.transpose(1, 2).flatten(2) for x in (q, k, v))
         if spelling == "sdpa":
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -449,6 +463,13 @@ def bf16_positions(scores: Tensor, q: Tensor) -> Tensor:
             "bias-and-sinks",
         ),
         (lambda q, k, v: torch.softmax(with_sinks(dot(q, k)), -1)[..., :-1] @ v, ""),
+        # Heads of one batch, put the other way round by the einsum.
+        (
+            lambda q, k, v: torch.einsum(
+                "bij,bjd->bdi", torch.softmax(q[0] @ k[0].mT, -1), v[0]
+            ).mT.expand(q.shape[0], -1, -1, -1),
+            "no-value-product",
+        ),
         # Probabilities that an einsum sums in another way.
         (
             lambda q, k, v: torch.einsum("hst,bhtd->bhsd", torch.softmax(dot(q, k)[0], -1), v),
