@@ -13,11 +13,12 @@ from graphopt.capture import ModelSource, capture
 from graphopt.capture.capture import Dynamic, Example
 from graphopt.codegen.cpu.backend import select
 from graphopt.config import Config
+from graphopt.context import narrowing, stated_context
 from graphopt.dump import Dump, DumpWriter, as_dump
 from graphopt.edit import Edit, EditAfter
 from graphopt.errors import RequestError, UnsupportedError, WeightFormatError
 from graphopt.expectations import check_counts, check_names
-from graphopt.inputs import input_types, longest_sequence
+from graphopt.inputs import longest_sequence, size_limits
 from graphopt.ir.graph import Graph
 from graphopt.models import GenerationDefaults, end_token_ids, generation_defaults, load
 from graphopt.numerics import NumericsCheck
@@ -121,6 +122,10 @@ def compile(
             graph = capture(source, example, dynamic=dynamic)
     for note in graph.notes:
         report.note(note)
+    sizes = size_limits(graph)
+    report.limits = [limit.told() for limit in sizes]
+    for limit in narrowing(sizes, stated_context(_module_config(source))):
+        report.note(limit.narrows())
 
     serving_graph, refusal = None, None
     try:
@@ -223,6 +228,6 @@ def _module_config(source: Any) -> Any:
 
 def _max_context(source: Any, graph: Graph) -> int | None:
     """The smaller of what the configuration says and what the capture found."""
-    stated = getattr(_module_config(source), "max_position_embeddings", None)
-    found = longest_sequence(input_types(graph))
+    stated = stated_context(_module_config(source), ("max_position_embeddings",))
+    found = longest_sequence(graph)
     return min((n for n in (stated, found) if isinstance(n, int)), default=None)

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from graphopt.errors import RequestError
 from graphopt.ir.graph import Graph, argument, dtype_of, is_call, shape_of
+from graphopt.ir.limits import Limit, highest
 from graphopt.ops import embedding_wq
 
 aten = torch.ops.aten
@@ -46,15 +47,14 @@ _TABLES: dict[object, tuple[str, str]] = {
 class InputType:
     """Type of one input.
 
-    sizes: a number, or the name of a symbolic size, per axis. limits: per axis, the largest size,
-    None where there is none. rows: its values are 0 to rows - 1, None for any.
+    sizes: a number, or the name of a symbolic size, per axis. rows: its values are 0 to rows - 1,
+    None for any.
     """
 
     name: str
     dtype: torch.dtype
     device: str
     sizes: tuple[int | str, ...]
-    limits: tuple[int | None, ...]
     rows: int | None
 
     def __str__(self) -> str:
@@ -63,23 +63,41 @@ class InputType:
 
 def input_types(graph: Graph) -> tuple[InputType, ...]:
     """The types of a captured graph's inputs, in order."""
-    limits = dict(graph.limits)
-    for name, rows in _position_rows(graph):
-        limits[name] = min(rows, limits.get(name, rows))
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    return tuple(_input_type(graph, node, limits) for node in inputs)
+    return tuple(_input_type(graph, node) for node in inputs)
 
 
-def longest_sequence(types: Sequence[InputType]) -> int | None:
-    """Tokens that the model has positions for, as far as its capture told: the limit of axis 1 of
-    the integer inputs `[batch, sequence]`."""
-    found = [kind.limits[1] for kind in types if len(kind.sizes) == 2 and kind.dtype == torch.int64]
-    return min((limit for limit in found if limit is not None), default=None)
+def size_limits(graph: Graph) -> tuple[Limit, ...]:
+    """The limits of the graph, those of its tables of positions among them."""
+    tables = [Limit(name, "<=", rows, "op", source) for name, rows, source in _position_rows(graph)]
+    known = {(limit.size, limit.relation, limit.number) for limit in graph.limits}
+    return (
+        *graph.limits,
+        *(limit for limit in tables if (limit.size, limit.relation, limit.number) not in known),
+    )
 
 
-def check_inputs(types: Sequence[InputType], values: Sequence[Any]) -> None:
-    """Raise RequestError naming the first input that does not have its type."""
-    bound: dict[str, tuple[int, str]] = {}
+def sequence_name(types: Sequence[InputType]) -> str | None:
+    """Name of the size of axis 1 of the integer inputs `[batch, sequence]`."""
+    for kind in types:
+        if len(kind.sizes) == 2 and kind.dtype == torch.int64 and isinstance(kind.sizes[1], str):
+            return kind.sizes[1]
+    return None
+
+
+def longest_sequence(graph: Graph) -> int | None:
+    """Tokens that the model has positions for, as far as its capture told."""
+    name = sequence_name(input_types(graph))
+    limit = None if name is None else highest(size_limits(graph), name)
+    return None if limit is None else limit.number
+
+
+def check_inputs(
+    types: Sequence[InputType], values: Sequence[Any], limits: Sequence[Limit] = ()
+) -> None:
+    """Raise RequestError naming the first input that does not have its type, or the first limit
+    that the sizes do not keep."""
+    bound: dict[str, tuple[int, str, int]] = {}
     for kind, value in zip(types, values, strict=True):
         if not isinstance(value, Tensor):
             raise RequestError(
@@ -92,7 +110,7 @@ def check_inputs(types: Sequence[InputType], values: Sequence[Any]) -> None:
             raise RequestError(
                 f"input {kind.name!r} is on {value.device}, the program runs on {kind.device}"
             )
-        for axis, (wanted, limit) in enumerate(zip(kind.sizes, kind.limits, strict=True)):
+        for axis, wanted in enumerate(kind.sizes):
             size = value.shape[axis]
             if isinstance(wanted, int) and size != wanted:
                 raise RequestError(
@@ -100,17 +118,12 @@ def check_inputs(types: Sequence[InputType], values: Sequence[Any]) -> None:
                     f"the example: compile with dynamic={{{kind.name!r}: {{{axis}: 'name'}}}} to "
                     "leave it open"
                 )
-            if limit is not None and size > limit:
-                raise RequestError(
-                    f"input {kind.name!r} has {size} along axis {axis} ({wanted}), the model "
-                    f"takes {limit}"
-                )
             if isinstance(wanted, str):
-                first, place = bound.setdefault(wanted, (size, f"{kind.name!r} axis {axis}"))
+                first, other, its = bound.setdefault(wanted, (size, kind.name, axis))
                 if first != size:
                     raise RequestError(
-                        f"size {wanted!r} is {first} in {place} and {size} in {kind.name!r} axis "
-                        f"{axis}; they must be equal"
+                        f"size {wanted!r} is {first} in {other!r} axis {its} and {size} in "
+                        f"{kind.name!r} axis {axis}; they must be equal"
                     )
         if kind.rows is not None:
             low, high = int(value.min()), int(value.max())
@@ -119,33 +132,35 @@ def check_inputs(types: Sequence[InputType], values: Sequence[Any]) -> None:
                     f"input {kind.name!r} holds ids {low}..{high}; they must be "
                     f"0..{kind.rows - 1}, the rows of the table they are looked up in"
                 )
+    _check_limits(limits, bound)
 
 
-def _input_type(graph: Graph, node: fx.Node, known_limits: Mapping[str, int]) -> InputType:
+def _check_limits(limits: Sequence[Limit], bound: Mapping[str, tuple[int, str, int]]) -> None:
+    """bound: name of a size -> its number, and the input and axis that gave it."""
+    sizes = {name: size for name, (size, _, _) in bound.items()}
+    for limit in limits:
+        if limit.names <= sizes.keys() and not limit.holds(sizes):
+            given = " and ".join(
+                f"input {argument!r} has {size} along axis {axis} ({name})"
+                for name, (size, argument, axis) in bound.items()
+                if name in limit.names
+            )
+            raise RequestError(f"{given}; {limit.reason()}")
+
+
+def _input_type(graph: Graph, node: fx.Node) -> InputType:
     sizes: list[int | str] = []
-    limits: list[int | None] = []
     for size in shape_of(node):
         fixed = size if isinstance(size, int) else size.node.maybe_as_int()
-        if fixed is not None:
-            sizes.append(int(fixed))
-            limits.append(None)
-            continue
-        name = graph.symbols.get(str(size), str(size))
-        sizes.append(name)
-        limits.append(known_limits.get(name))
+        sizes.append(graph.symbols.get(str(size), str(size)) if fixed is None else int(fixed))
     return InputType(
-        str(node.target),
-        dtype_of(node),
-        node.meta["val"].device.type,
-        tuple(sizes),
-        tuple(limits),
-        _rows(node),
+        str(node.target), dtype_of(node), node.meta["val"].device.type, tuple(sizes), _rows(node)
     )
 
 
-def _position_rows(graph: Graph) -> Iterator[tuple[str, int]]:
-    """(name of a symbolic size, its largest value) for every table that is read at 0, 1, 2, ... up
-    to that size, or from a fixed number on (OPT begins at 2)."""
+def _position_rows(graph: Graph) -> Iterator[tuple[str, int, str]]:
+    """(name of a symbolic size, its largest value, line) for every table that is read at 0, 1, 2,
+    ... up to that size, or from a fixed number on (OPT begins at 2)."""
     for node in graph.nodes:
         if not is_call(node, aten.embedding.default):
             continue
@@ -161,7 +176,8 @@ def _position_rows(graph: Graph) -> Iterator[tuple[str, int]]:
             end = argument(index, "end")
             size = end.meta["val"] if isinstance(end, fx.Node) else end
             if str(size) in graph.symbols:
-                yield graph.symbols[str(size)], int(shape_of(argument(node, "weight"))[0]) - first
+                rows = int(shape_of(argument(node, "weight"))[0])
+                yield graph.symbols[str(size)], rows - first, node.meta["source"]
 
 
 def _rows(node: fx.Node) -> int | None:

@@ -2,7 +2,6 @@
 
 {"format": 1, "graphopt": ..., "torch": ...,
  "options": {name, backend, kv_dtype, max_context, eos_token_ids, default_sampling},
- "limits": {name of a symbolic size: the largest the forward takes},
  "serving": true when there is a serving.gir, "refusal": why there is none, or null,
  "files": {path: sha256}}
 """
@@ -20,6 +19,7 @@ import torch
 
 import graphopt
 from graphopt.errors import ProgramFormatError, RequestError
+from graphopt.ir.limits import Limit
 from graphopt.program import KV_DTYPES, Program, ProgramOptions
 from graphopt.report import Rejection
 from graphopt.runtime.request import sampling_from_plain
@@ -33,11 +33,11 @@ FORWARD, SERVING, WEIGHTS = "forward.gir", "serving.gir", "weights.safetensors"
 class Manifest:
     """What a program's manifest says beside the hashes.
 
-    limits: `Graph.limits` of the forward. serving: a serving.gir belongs to it.
+    limits: of a program saved before the graph text had them. serving: a serving.gir belongs to it.
     """
 
     options: ProgramOptions
-    limits: dict[str, int]
+    limits: tuple[Limit, ...]
     refusal: Rejection | None
     serving: bool
 
@@ -50,7 +50,6 @@ def write_manifest(program: Program, folder: Path) -> None:
         "graphopt": graphopt.__version__,
         "torch": torch.__version__,
         "options": asdict(program.options),
-        "limits": program.graph.limits,
         "serving": program.serving is not None,
         "refusal": None if program.refusal is None else asdict(program.refusal),
         "files": {p.relative_to(folder).as_posix(): _sha256(p) for p in files},
@@ -88,7 +87,7 @@ def read_manifest(folder: Path) -> Manifest:
     refusal = data.get("refusal")
     return Manifest(
         _record(path, "options", ProgramOptions, data["options"], _OPTIONS),
-        limits,
+        tuple(Limit(name, "<=", limit) for name, limit in limits.items()),
         None if refusal is None else _record(path, "refusal", Rejection, refusal, _REFUSAL),
         bool(serving),
     )

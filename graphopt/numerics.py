@@ -75,22 +75,37 @@ class NumericsCheck:
             return
         found = outputs_of(graph, self._inputs, self._expected)
         change = measure(pass_.name, found, self._expected)
-        allowed = allowance(pass_, self._expected)
         self.report.numerics.append(change)
-        is_exact = pass_.tier.kind == "exact"
-        is_same = same_bits(found, self._expected) if is_exact else change.max_relative <= allowed
-        if is_same or pass_.tier.kind == "approximate":
+        if keeps_tier(pass_, change, found, self._expected):
             return
+        allowed = allowance(pass_, self._expected)
         site = locate(type(pass_), self._before, self._inputs, allowed)
         where = ""
         if site is not None:
             where = f"; the first such rewrite is {site.name} in {site.layer or 'the model'}"
             where += f" at {site.source}" if site.source else ""
-        raise NumericsError(
-            f"pass {pass_.name!r} changes the outputs by {change.max_relative:.2e} relative "
-            f"({change.max_absolute:.2e} absolute, {change.max_ulp:.0f} ulp); its tier "
-            f"{pass_.tier.kind!r} allows {allowed:.0e}{where}"
-        )
+        raise NumericsError(f"pass {pass_.name!r} {excess(pass_, change, allowed)}{where}")
+
+
+def keeps_tier(
+    pass_: Pass[Any],
+    change: NumericChange,
+    found: Sequence[Tensor],
+    expected: Sequence[Tensor],
+) -> bool:
+    """True when a pass changed the outputs no more than its tier allows."""
+    if pass_.tier.kind == "exact":
+        return same_bits(found, expected)
+    return change.max_relative <= allowance(pass_, expected)
+
+
+def excess(pass_: Pass[Any], change: NumericChange, allowed: float) -> str:
+    """What a pass did that its tier does not allow, in words that follow its name."""
+    return (
+        f"changes the outputs by {change.max_relative:.2e} relative "
+        f"({change.max_absolute:.2e} absolute, {change.max_ulp:.0f} ulp); its tier "
+        f"{pass_.tier.kind!r} allows {allowed:.0e}"
+    )
 
 
 def allowance(pass_: Pass[Any], expected: Sequence[Tensor]) -> float:

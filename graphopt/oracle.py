@@ -15,8 +15,9 @@ from torch import Tensor
 from graphopt.codegen.backend import ServingExecutable
 from graphopt.codegen.reference import ReferenceBackend
 from graphopt.errors import RequestError
-from graphopt.inputs import check_inputs, input_types
+from graphopt.inputs import check_inputs, input_types, size_limits
 from graphopt.ir.graph import Graph
+from graphopt.ir.limits import fitting_size
 
 BLOCK_SIZE = 16
 
@@ -32,7 +33,7 @@ def whole_prompt_logits(
     """
     batch, length = ids_BS.shape
     if executable.max_context is not None and length > executable.max_context:
-        raise RequestError(f"{length} tokens, the model takes {executable.max_context}")
+        raise RequestError(f"{length} tokens, the program takes {executable.max_context}")
     blocks = -(-length // BLOCK_SIZE)
     cache = executable.new_cache(batch * blocks, BLOCK_SIZE)
     tables = torch.arange(batch * blocks).view(batch, blocks)
@@ -74,18 +75,22 @@ def outputs_of(
         return (whole_prompt_logits(executable, inputs[0], like[0].shape if like else ()),)
 
 
-def random_inputs(graph: Graph, seed: int = 0) -> tuple[Tensor, ...]:
+def random_inputs(
+    graph: Graph, seed: int = 0, *, first: int = 2, others: int = 11
+) -> tuple[Tensor, ...]:
     """Inputs of a captured graph: ids within their tables, masks of zeros and ones that start with
-    a one, normal floats; symbolic sizes are 2 on axis 0 and 11 (or their limit) elsewhere."""
+    a one, normal floats; symbolic sizes are `first` on axis 0 and `others` elsewhere, or as near as
+    the limits allow."""
     generator = torch.Generator().manual_seed(seed)
     sizes: dict[str, int] = {}
     made = []
+    limits = size_limits(graph)
     for kind in input_types(graph):
         shape = []
-        for axis, (size, limit) in enumerate(zip(kind.sizes, kind.limits, strict=True)):
-            wanted = 2 if axis == 0 else 11
-            chosen = wanted if limit is None else min(wanted, limit)
-            shape.append(size if isinstance(size, int) else sizes.setdefault(size, chosen))
+        for axis, size in enumerate(kind.sizes):
+            if isinstance(size, str) and size not in sizes:
+                sizes[size] = fitting_size(limits, size, first if axis == 0 else others)
+            shape.append(size if isinstance(size, int) else sizes[size])
         if kind.dtype.is_floating_point:
             made.append(torch.randn(shape, generator=generator).to(kind.dtype))
             continue
@@ -102,7 +107,7 @@ def fitting(graph: Graph, inputs: Any) -> tuple[Tensor, ...]:
     is_sequence = isinstance(inputs, Sequence) and all(isinstance(x, Tensor) for x in inputs)
     if not is_sequence or len(inputs) != len(names):
         raise RequestError(f"inputs must be a list of one tensor for each of {names}")
-    check_inputs(input_types(graph), inputs)
+    check_inputs(input_types(graph), inputs, size_limits(graph))
     return tuple(inputs)
 
 

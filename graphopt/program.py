@@ -23,8 +23,9 @@ from graphopt.codegen.backend import (
     ServingExecutable,
 )
 from graphopt.errors import RequestError, RowDependenceError, did_you_mean
-from graphopt.inputs import check_inputs, input_types
+from graphopt.inputs import check_inputs, input_types, sequence_name, size_limits
 from graphopt.ir.graph import Graph, shape_of
+from graphopt.ir.limits import Limit, lowest
 from graphopt.oracle import whole_prompt_logits
 from graphopt.report import Rejection, Report
 from graphopt.runtime import Completion, Engine, SamplingParams, TokenEvent
@@ -82,6 +83,7 @@ class Program:
         self.trace = Trace() if trace is None else trace
         self._backend = backend
         self._input_types = input_types(graph)
+        self._limits = size_limits(graph)
         self._forward: ForwardExecutable | None = None
         self._serving: ServingExecutable | None = None
         if serving is not None:
@@ -91,6 +93,12 @@ class Program:
             self._serving = backend.lower_serving(
                 serving, KV_DTYPES[options.kv_dtype], options.max_context
             )
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """The sizes it takes: every condition that capture or a table of the model set, with the
+        line of the model that caused it."""
+        return self._limits
 
     @property
     def executable(self) -> ServingExecutable:
@@ -124,7 +132,7 @@ class Program:
         """
         names = [spec.name for spec in self.graph.inputs]
         values = _bind(names, inputs, named)
-        check_inputs(self._input_types, values)
+        check_inputs(self._input_types, values, self._limits)
         try:
             if self._serving is not None and len(values) == 1:
                 (logits,) = self.graph.output_nodes
@@ -153,12 +161,14 @@ class Program:
                     f"the engine has no option {name!r}; there are {', '.join(known)}"
                     + did_you_mean(name, known)
                 )
-        stated = self.options
+        sequence = sequence_name(self._input_types)
+        shortest = None if sequence is None else lowest(self._limits, sequence)
         return Engine(
             self.executable,
             self.tokenizer,
-            stated.eos_token_ids,
-            stated.default_sampling,
+            self.options.eos_token_ids,
+            self.options.default_sampling,
+            shortest,
             **options,
         )
 

@@ -129,7 +129,8 @@ class Report:
     """The record of one compilation: stages outside the passes in seconds, then the passes.
 
     disabled: passes that the user turned off. notes: what a user should know; model_notes: those of
-    them that are about the model and its files, whatever machine compiles it.
+    them that are about the model and its files, whatever machine compiles it. limits: the sizes
+    that the program takes, each with the line of the model that caused it.
     """
 
     passes: list[PassRecord] = field(default_factory=list)
@@ -138,6 +139,7 @@ class Report:
     numerics: list[NumericChange] = field(default_factory=list)
     disabled: list[str] = field(default_factory=list)
     model_notes: list[str] = field(default_factory=list)
+    limits: list[str] = field(default_factory=list)
 
     def sites(self, pass_name: str) -> int:
         """Number of rewrites a pass applied, over all its runs."""
@@ -170,6 +172,7 @@ class Report:
         return {
             "disabled": list(self.disabled),
             "model_notes": list(self.model_notes),
+            "limits": list(self.limits),
             "numerics": [asdict(change) for change in self.numerics],
             "passes": [
                 {
@@ -195,6 +198,7 @@ class Report:
                 for entry in data["passes"]
             ],
             disabled=list(data["disabled"]),
+            limits=list(data.get("limits", ())),
             numerics=[NumericChange(**change) for change in data.get("numerics", ())],
             notes=list(data.get("model_notes", ())),
             model_notes=list(data.get("model_notes", ())),

@@ -193,7 +193,7 @@ def load_program(
     check_threads(options.backend, threads)
     weights = mapped_weights(path / WEIGHTS)
     graph = parse_graph(_text(path / FORWARD), weights, namespaces=namespaces)
-    graph.limits = manifest.limits
+    graph.limits = (*graph.limits, *manifest.limits)
     serving = None
     if manifest.serving:
         serving = parse_graph(_text(path / SERVING), weights, namespaces=namespaces)

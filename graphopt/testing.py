@@ -38,6 +38,7 @@ from graphopt.ir.graph import Graph, namespaces_of
 from graphopt.ir.printer import canonical_text
 from graphopt.ir.verify import verify
 from graphopt.ir.weights import PackedWeight
+from graphopt.numeric_twin import check_twin
 from graphopt.passes.base import Pass, run_pass
 from graphopt.passes.registry import find
 from graphopt.program import Program
@@ -128,7 +129,8 @@ class GoldenGraph:
         """Run one pass on a copy; compare the graph before and the graph after with `<name>.gir`.
 
         The pass, a registered name or a class, must apply a rewrite, apply nothing when it is run
-        again, and leave a graph that the verifier accepts. Returns the graph after.
+        again, leave a graph that the verifier accepts, and compute the same up to its tier
+        (`numeric_twin.py`). Returns the graph after.
         """
         __tracebackhide__ = True
         if not isinstance(graph, Graph):
@@ -219,8 +221,8 @@ def _digest(graphs: Sequence[Graph], pass_name: str) -> str:
 def rewritten(graph: Graph, cls: type[Pass[Any]]) -> Graph:
     """A copy of `graph` after one run of the pass.
 
-    Raises GoldenError when it applies nothing, or applies something the second time as well, and
-    VerifyError when it leaves a broken graph.
+    Raises GoldenError when it applies nothing, applies something the second time as well, or
+    changes numbers by more than its tier allows, and VerifyError when it leaves a broken graph.
     """
     after = graph.copy()
     sites, why = _run(cls, after)
@@ -233,6 +235,7 @@ def rewritten(graph: Graph, cls: type[Pass[Any]]) -> Graph:
     if sites or changes:
         again_text = f"a second run applied more rewrites ({sites})"
         raise GoldenError(f"{cls.name} is not idempotent: {again_text}\n{changes}".rstrip())
+    check_twin(cls(), graph, after)
     return after
 
 

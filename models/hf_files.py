@@ -5,7 +5,8 @@ Rule: the weights come from model.safetensors, else from the shards that
 model.safetensors.index.json lists, which must be there and hold what it says. An adapter beside
 them would change the model and is refused by name; other modules of a pipeline are told. A tensor
 without a place in the model is refused by name, but for the buffers that older classes saved
-(`_BUFFERS`), when they hold what the model computes itself.
+(`_BUFFERS`), when they hold what the model computes itself, and the heads of BERT's pretraining
+(`_OTHER_HEADS`), which are told where the class has none of them.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def check_tensors(
     """
     places = module.state_dict().keys()
     prefix = getattr(module, "base_model_prefix", "")
-    refused, told = set(unexpected), []
+    heads = {name for name in unexpected if _OTHER_HEADS.search(name)}
+    refused, told = set(unexpected) - heads, []
     for name, read in _tensors(folder):
         names = {name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")}
         if names & places:
@@ -80,6 +82,10 @@ def check_tensors(
         notes.append(
             f"{', '.join(sorted(told)[:3])}: rotary frequencies in the file that are not those of "
             "the configuration; the configuration's are used, as transformers does"
+        )
+    if heads:
+        notes.append(
+            f"{', '.join(sorted(heads))}: heads that {type(module).__name__} does not have"
         )
     return sorted(refused), notes
 
@@ -180,10 +186,13 @@ _BUFFERS: tuple[tuple[re.Pattern[str], Callable[[Tensor], bool]], ...] = (
     (re.compile(r"(^|\.)position_ids$"), _is_counted),
     (re.compile(r"(^|\.)token_type_ids$"), _is_zero),
     (re.compile(r"(^|\.)relative_position_index$"), lambda _value: False),
-    (re.compile(r"\.num_batches_tracked$"), _is_any),
+    (re.compile(r"\.num_batches_tracked$|decoder\.version$"), _is_any),
 )
 """Names of buffers that older classes saved, and the values that the classes of today make
 themselves. A buffer that the model has, without saving it, may hold what it holds there."""
+
+
+_OTHER_HEADS = re.compile(r"(^|\.)pooler\.dense\.(weight|bias)$|^cls\.seq_relationship\.")
 
 
 def _has(module: nn.Module, name: str) -> bool:

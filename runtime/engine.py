@@ -17,6 +17,7 @@ from typing import Any
 
 from graphopt.codegen.backend import ServingExecutable
 from graphopt.errors import RequestError
+from graphopt.ir.limits import Limit
 from graphopt.runtime.blocks import BlockPool
 from graphopt.runtime.detokenizer import Detokenizer
 from graphopt.runtime.logits_processors import History
@@ -89,10 +90,11 @@ class Engine:
     """See the module docstring.
 
     tokenizer: needed for string prompts, text and stop texts. eos_token_ids: the model's end
-    tokens. defaults: settings of a request that comes without any. block_size: tokens a cache
-    block holds. num_blocks (one of them is reserved) or kv_cache_bytes: size of the KV cache; with
-    neither it holds 8192 tokens. max_tokens_per_step: longer prompts are computed in chunks.
-    max_requests: requests that run at once; others wait.
+    tokens. defaults: settings of a request that comes without any. shortest: the limit that says
+    how long a prompt must be. block_size: tokens a cache block holds. num_blocks (one of them is
+    reserved) or kv_cache_bytes: size of the KV cache; with neither it holds 8192 tokens.
+    max_tokens_per_step: longer prompts are computed in chunks. max_requests: requests that run at
+    once; others wait.
 
     Raises RequestError for limits below 1 and CapacityError for a cache without room.
     """
@@ -103,6 +105,7 @@ class Engine:
         tokenizer: Any = None,
         eos_token_ids: Sequence[int] = (),
         defaults: SamplingParams | None = None,
+        shortest: Limit | None = None,
         *,
         block_size: int = 16,
         num_blocks: int | None = None,
@@ -110,7 +113,7 @@ class Engine:
         max_tokens_per_step: int = 512,
         max_requests: int = 64,
     ) -> None:
-        self.executable, self.tokenizer = executable, tokenizer
+        self.executable, self.tokenizer, self._shortest = executable, tokenizer, shortest
         self._eos = frozenset(eos_token_ids)
         self._defaults = SamplingParams() if defaults is None else defaults
         block_size = whole_number("block_size", block_size)
@@ -324,14 +327,16 @@ class Engine:
                 )
         if params.stop and self.tokenizer is None:
             raise RequestError("stop texts need a tokenizer; use stop_token_ids")
+        if self._shortest is not None and len(tokens) < self._shortest.number:
+            raise RequestError(f"the prompt has {len(tokens)} tokens; {self._shortest.reason()}")
         limit = self.executable.max_context
         if limit is not None and len(tokens) > limit:
-            raise RequestError(f"the prompt has {len(tokens)} tokens, the model takes {limit}")
+            raise RequestError(f"the prompt has {len(tokens)} tokens, the program takes {limit}")
         # The last sampled token is never given to the model.
         if limit is not None and len(tokens) + params.max_tokens - 1 > limit:
             raise RequestError(
                 f"max_tokens={params.max_tokens} is not allowed for a prompt of {len(tokens)} "
-                f"tokens; the model's context of {limit} leaves {limit - len(tokens) + 1}"
+                f"tokens; the program's context of {limit} leaves {limit - len(tokens) + 1}"
             )
 
     def _sample(self, plan: StepPlan) -> dict[int, int]:

@@ -111,9 +111,9 @@ def arrive(model: PreTrainedModel, family: Family, road: Road, masked: bool) -> 
     """The captured graph, before any pass; the model is checked to be what it was. Raises what
     torch.export or `capture` raise."""
     if road == "hook":
-        inputs = family.inputs(*EXAMPLE, masked)
+        inputs, axes = family.inputs(*EXAMPLE, masked), family.axes(masked)
         before = state_of(model), surroundings()
-        graph = capture(model, inputs, dynamic=family.axes(masked))
+        graph = capture(model, inputs, dynamic=axes)
         assert (state_of(model), surroundings()) == before, f"capture changed {family.name}"
         return graph
     if not offers(model, road):

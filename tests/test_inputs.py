@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.errors import RequestError
-from graphopt.inputs import input_types, longest_sequence
+from graphopt.inputs import longest_sequence
+from graphopt.ir.limits import Limit
 from graphopt.ir.parser import parse_graph
 from graphopt.ir.printer import print_graph
 from graphopt.program import Program
@@ -134,7 +135,9 @@ def test_learned_positions_bound_the_sequence(
     assert program.options.max_context == 8
     ids = torch.randint(0, 31, (2, 8))
     torch.testing.assert_close(program(ids), model(ids).detach(), rtol=1e-4, atol=1e-5)
-    with pytest.raises(RequestError, match=r"'input_ids' has 9 along axis 1 .*the model takes 8"):
+    with pytest.raises(
+        RequestError, match=r"'input_ids' has 9 along axis 1 .*the model takes at most 8"
+    ):
         program(torch.randint(0, 31, (2, 9)))
     if not mixes:
         assert len(program.generate([1, 2, 3], max_tokens=6)[0].tokens) == 6
@@ -144,18 +147,18 @@ def test_learned_positions_bound_the_sequence(
 
 def test_the_capture_knows_its_bound() -> None:
     graph = graphopt.capture(Positions(11).eval(), torch.ones((2, 9), dtype=torch.int64))
-    assert longest_sequence(input_types(graph)) == 11
+    assert longest_sequence(graph) == 11
     # The table says it again after printing and parsing.
     again = parse_graph(print_graph(graph), graph.weights)
-    assert longest_sequence(input_types(again)) == 11
-    graph.limits["sequence"] = 5
-    assert longest_sequence(input_types(graph)) == 5
-    assert longest_sequence(input_types(graphopt.capture(tiny_llama()))) is None
+    assert longest_sequence(again) == 11
+    graph.limits = (Limit("sequence", "<=", 5),)
+    assert longest_sequence(graph) == 5
+    assert longest_sequence(graphopt.capture(tiny_llama())) is None
 
 
 def test_the_smaller_of_configuration_and_capture_counts() -> None:
     graph = graphopt.capture(tiny_llama())
-    graph.limits["sequence"] = 40
+    graph.limits = (Limit("sequence", "<=", 40),)
     assert graphopt.compile(graph).options.max_context == 40
     assert graphopt.compile(tiny_llama(max_position_embeddings=64)).options.max_context == 64
 

@@ -16,6 +16,7 @@ from tiny_models import CausalConvolution, tiny_llama
 
 import graphopt
 from graphopt.errors import ProgramFormatError, UnsupportedError
+from graphopt.ir.limits import Limit
 from graphopt.manifest import read_manifest
 from graphopt.program import Program
 from graphopt.runtime import SamplingParams
@@ -69,13 +70,20 @@ def test_default_settings_are_kept(program: Program, tmp_path: Path) -> None:
 
 def test_the_limits_and_the_refusal_are_kept(tmp_path: Path) -> None:
     graph = graphopt.capture(CausalConvolution().eval(), torch.ones((2, 8), dtype=torch.int64))
-    graph.limits["sequence"] = 9
+    graph.limits = (Limit("sequence", "<=", 9, "op", "m.py:3"),)
     program = graphopt.compile(graph)
     program.save(tmp_path / "p")
     manifest = read_manifest(tmp_path / "p")
-    assert manifest.limits == {"sequence": 9}
     assert (manifest.refusal, manifest.serving) == (program.refusal, False)
-    assert graphopt.load_program(tmp_path / "p").graph.limits == {"sequence": 9}
+    assert graphopt.load_program(tmp_path / "p").limits == graph.limits
+
+
+def test_limits_of_an_older_program_are_read(tmp_path: Path) -> None:
+    folder = tmp_path / "p"
+    graph = graphopt.capture(CausalConvolution().eval(), torch.ones((2, 8), dtype=torch.int64))
+    graphopt.compile(graph).save(folder)
+    edit(folder, lambda m: m.update(limits={"sequence": 9}))
+    assert graphopt.load_program(folder).graph.limits == (Limit("sequence", "<=", 9),)
 
 
 @pytest.mark.parametrize(

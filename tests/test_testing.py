@@ -24,7 +24,7 @@ from graphopt.errors import (
 )
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph
-from graphopt.passes.base import Pass, Reject, Stage
+from graphopt.passes.base import Pass, Reject, Stage, Tier
 from graphopt.program import Program
 from graphopt.report import Report
 from graphopt.testing import GoldenGraph, expect
@@ -262,6 +262,76 @@ class FoldPowAgain(FoldPow):
     def rewrite(self, builder: GraphBuilder, bound: fx.Node) -> None:
         new = builder.emit(aten.pow.Tensor_Scalar, bound.args, like=[bound])
         bound.replace_all_uses_with(new)
+
+
+class DropWeight(FoldPow):
+    """Plausible and wrong: the last multiplication by the weight is left out."""
+
+    name: ClassVar[str] = "drop_weight"
+
+    def match(self, graph: Graph) -> Iterable[fx.Node]:
+        return [n for n in graph.calls(aten.mul.Tensor) if n.args[1].op == "get_attr"]
+
+    def check(self, graph: Graph, node: fx.Node) -> fx.Node | Reject:
+        return node
+
+    def rewrite(self, builder: GraphBuilder, bound: fx.Node) -> None:
+        bound.replace_all_uses_with(builder.emit(aten.alias.default, [bound.args[0]], like=[bound]))
+
+
+class SwapRows(FoldPow):
+    """Right for two rows, as in the example, and wrong for any other number of them."""
+
+    name: ClassVar[str] = "swap_rows"
+
+    def match(self, graph: Graph) -> Iterable[fx.Node]:
+        return graph.calls(aten.flip.default)
+
+    def check(self, graph: Graph, node: fx.Node) -> fx.Node | Reject:
+        return node
+
+    def rewrite(self, builder: GraphBuilder, bound: fx.Node) -> None:
+        rolled = builder.emit(aten.roll.default, [bound.args[0], [1], [0]], like=[bound])
+        bound.replace_all_uses_with(rolled)
+
+
+class Flipped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flip(0) * 2.0
+
+
+def test_a_rewrite_that_changes_numbers_is_no_golden(tmp_path: Path) -> None:
+    golden_graph = GoldenGraph(tmp_path, accept=True)
+    said = r"pass 'drop_weight' changes the outputs by .*'exact' allows 0e\+00, .* of \[2, 16\]"
+    with pytest.raises(GoldenError, match=said):
+        golden_graph.rewrite(graph_of(), DropWeight, "norm")
+    golden_graph(graph_of(), "norm")
+    with pytest.raises(GoldenError, match=said):
+        golden_graph.replay("norm", DropWeight)
+    assert "after drop_weight" not in (tmp_path / "norm.gir").read_text()
+
+
+def test_a_rewrite_that_is_right_for_one_size_only_is_no_golden(tmp_path: Path) -> None:
+    graph = capture(Flipped().eval(), torch.randn(2, 4), dynamic={"x": {0: "batch"}})
+    with pytest.raises(GoldenError, match=r"'swap_rows' changes the outputs .* of \[3, 4\]"):
+        GoldenGraph(tmp_path, accept=True).rewrite(graph, SwapRows, "flip")
+
+
+def test_rounding_is_allowed_by_the_tier(tmp_path: Path) -> None:
+    class Loose(FoldPow):
+        tier: ClassVar[Tier] = Tier("reassociating", 1e-6)
+
+        def rewrite(self, builder: GraphBuilder, bound: fx.Node) -> None:
+            super().rewrite(builder, bound)
+            (product,) = builder.graph.calls(aten.mul.Tensor)[:1]
+            near = builder.emit(aten.mul.Tensor, [product, 1 + factor], like=[product])
+            product.replace_all_uses_with(near, delete_user_cb=lambda user: user is not near)
+
+    factor = 1e-6
+    GoldenGraph(tmp_path, accept=True).rewrite(graph_of(), Loose, "near")
+    factor = 1e-3
+    with pytest.raises(GoldenError, match="'reassociating' allows 1e-05"):
+        GoldenGraph(tmp_path, accept=True).rewrite(graph_of(), Loose, "far")
 
 
 def test_passes_that_are_not_registered(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,14 +13,17 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
-from graphopt.capture.bounds import export_module, limits_of
+from graphopt.capture.bounds import limits_of, limits_of_exported
 from graphopt.capture.capturable import check_capturable
 from graphopt.capture.export import graph_from_exported
 from graphopt.capture.hf import attention_hooks
 from graphopt.capture.hf_probe import difference_found
 from graphopt.capture.mask_marker import take_out
+from graphopt.capture.size_decisions import Decisions
+from graphopt.capture.size_one import sizes_kept_from_one
 from graphopt.capture.snapshot import Change
 from graphopt.capture.source import ModelSource
+from graphopt.capture.torch_export import export_module
 from graphopt.capture.torch_layers import torch_layers_as_written
 from graphopt.capture.untouched import check_forgets, each_run_untouched, untouched
 from graphopt.errors import CaptureError
@@ -56,7 +60,7 @@ def capture(
         _refuse_options(example, dynamic, strict)
         graph = graph_from_exported(model, type(model).__name__)
         graph.symbols.update(_symbol_names(graph))
-        graph.limits.update(limits_of(model, graph.symbols))
+        graph.limits = limits_of_exported(model, graph.symbols)
         return graph
     if isinstance(model, Graph):
         raise CaptureError("the model is a Graph: it is captured already")
@@ -68,7 +72,7 @@ def capture(
             "or what graphopt.models.load returned"
         )
     check_capturable(module, isinstance(example, (Tensor, Sequence)))
-    call = _bind(module, example)
+    call, positional = _bind(module, example)
     # torch.export takes one tensor given twice for one input.
     call = {n: v.clone() if isinstance(v, Tensor) else v for n, v in call.items()}
     tensors = {name: value for name, value in call.items() if isinstance(value, Tensor)}
@@ -79,7 +83,7 @@ def capture(
     axes = _axes(tensors, dynamic)
     call = _in_order(module, call)
     with untouched(module), _materialised(module), torch_layers_as_written(), torch.no_grad():
-        graph = _graph(module, call, axes, strict, source.name)
+        graph = _graph(module, call, axes, strict, source.name, positional)
     for name in list(graph.weights):
         if name in source.packed:
             graph.packed[name] = source.packed[name]
@@ -93,41 +97,59 @@ def _graph(
     axes: Mapping[str, Mapping[int, str]],
     strict: bool,
     name: str,
+    positional: Sequence[str],
 ) -> Graph:
     """Export; a transformers model with graphopt as its attention, unless that cannot be said or
     something reads what graphopt put in: then as it is, with a note."""
+    export = _Export(module, strict, name, positional)
     if not isinstance(module, PreTrainedModel) or strict:
-        return _exported(module, call, axes, strict, name)
+        return export.limited(call, axes)
     try:
         with attention_hooks(module, isinstance(call.get("position_ids"), Tensor)) as layers:
-            graph = _exported(module, call, axes, strict, name)
+            graph = export.limited(call, axes)
         reason = take_out(graph) or difference_found(layers.calls)
     except CaptureError as error:
         reason = str(error)
     if reason is None:
         return graph
-    graph = _exported(module, call, axes, strict, name)
+    graph = export.limited(call, axes)
     first_line = reason.partition("\n")[0]
     graph.notes = (*graph.notes, f"attention is captured as the model computes it: {first_line}")
     return graph
 
 
-def _exported(
-    module: nn.Module,
-    call: Mapping[str, Any],
-    axes: Mapping[str, Mapping[int, str]],
-    strict: bool,
-    name: str,
-) -> Graph:
-    # TorchDynamo keeps the state apart itself, and would trace the keeping.
-    changes: list[Change] = []
-    with contextlib.nullcontext() if strict else each_run_untouched(module, changes):
-        program = export_module(module, call, axes, strict, name)
-    graph = graph_from_exported(program, name)
-    check_forgets(module, call, changes)
-    graph.symbols.update(_symbol_names(graph, axes))
-    graph.limits.update(limits_of(program, graph.symbols))
-    return graph
+@dataclass(frozen=True, slots=True, eq=False)
+class _Export:
+    """How one module is exported."""
+
+    module: nn.Module
+    strict: bool
+    name: str
+    positional: Sequence[str]
+
+    def limited(self, call: Mapping[str, Any], axes: Mapping[str, Mapping[int, str]]) -> Graph:
+        """The graph, with the conditions on its sizes."""
+        graph, decisions = self._run(call, axes)
+        limits = limits_of(decisions, graph.symbols)
+        kept = sizes_kept_from_one(
+            graph, decisions, limits, call, axes, lambda *smaller: self._run(*smaller)[0]
+        )
+        graph.limits = (*limits, *kept)
+        return graph
+
+    def _run(
+        self, call: Mapping[str, Any], axes: Mapping[str, Mapping[int, str]]
+    ) -> tuple[Graph, Decisions]:
+        changes: list[Change] = []
+        # TorchDynamo keeps the state apart itself, and would trace the keeping.
+        with contextlib.nullcontext() if self.strict else each_run_untouched(self.module, changes):
+            program, decisions = export_module(
+                self.module, call, axes, self.strict, self.name, self.positional
+            )
+        graph = graph_from_exported(program, self.name)
+        check_forgets(self.module, call, changes)
+        graph.symbols.update(_symbol_names(graph, axes))
+        return graph, decisions
 
 
 def _refuse_options(example: Example | None, dynamic: Dynamic | bool, strict: bool) -> None:
@@ -152,16 +174,22 @@ def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(module.forward).parameters
 
 
-def _bind(module: nn.Module, example: Example | None) -> dict[str, Any]:
+def _bind(module: nn.Module, example: Example | None) -> tuple[dict[str, Any], list[str]]:
+    """The arguments by name, and which of them forward takes by position alone.
+
+    What falls into *args is called args_0, args_1, ...
+    """
     parameters = _parameters(module)
-    names = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    by_position = inspect.Parameter.POSITIONAL_ONLY
+    names = [n for n, p in parameters.items() if p.kind in (by_position, p.POSITIONAL_OR_KEYWORD)]
+    positional = [n for n in names if parameters[n].kind is by_position]
     if example is None:
         if not names or names[0] != "input_ids":
             raise CaptureError(
                 f"no example given, and the first argument of {type(module).__name__}.forward is "
                 f"{names[0] if names else 'missing'!r}, not 'input_ids'"
             )
-        return {"input_ids": torch.ones((2, 16), dtype=torch.int64)}
+        return {"input_ids": torch.ones((2, 16), dtype=torch.int64)}, positional
     if isinstance(example, Tensor):
         example = (example,)
     if isinstance(example, Mapping):
@@ -169,10 +197,15 @@ def _bind(module: nn.Module, example: Example | None) -> dict[str, Any]:
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if unknown and not takes_any:
             raise CaptureError(f"forward has no argument {unknown[0]!r}; it has {names}")
-        return dict(example)
+        return dict(example), [n for n in positional if n in example]
     if len(example) > len(names):
-        raise CaptureError(f"{len(example)} example arguments for forward({', '.join(names)})")
-    return dict(zip(names, example, strict=False))
+        rest = next((n for n, p in parameters.items() if p.kind is p.VAR_POSITIONAL), None)
+        if rest is None:
+            raise CaptureError(f"{len(example)} example arguments for forward({', '.join(names)})")
+        names += [f"{rest}_{index}" for index in range(len(example) - len(names))]
+        positional = names
+    call = dict(zip(names, example, strict=False))
+    return call, [n for n in positional if n in call]
 
 
 def _axes(tensors: Mapping[str, Tensor], dynamic: Dynamic | bool) -> dict[str, dict[int, str]]:
@@ -185,12 +218,6 @@ def _axes(tensors: Mapping[str, Tensor], dynamic: Dynamic | bool) -> dict[str, d
         axes[name] = {0: "batch"} if tensor.ndim else {}
         if tensor.ndim > 1 and not tensor.is_floating_point():
             axes[name][1] = "sequence"
-        for axis, dim in axes[name].items():
-            if tensor.shape[axis] < 2:
-                raise CaptureError(
-                    f"axis {axis} ({dim}) of example input {name!r} has size "
-                    f"{tensor.shape[axis]}; a dynamic axis needs at least 2 in the example"
-                )
     return axes
 
 

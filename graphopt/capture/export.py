@@ -17,6 +17,12 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from graphopt.capture.outputs import outputs_of
+from graphopt.capture.refusals import (
+    refused_change,
+    refused_layout,
+    refused_node,
+)
+from graphopt.capture.size_decisions import is_model_file
 from graphopt.errors import CaptureError
 from graphopt.ir.clean import remove_dead
 from graphopt.ir.graph import Graph, InputSpec, graph_module, tensor_inputs, value_name
@@ -40,10 +46,8 @@ def layer_of(node: fx.Node) -> str:
 def source_of(node: fx.Node) -> str:
     """`modeling_llama.py:164` of the innermost model frame; torch's own frames are skipped."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    torch_folder = os.path.dirname(torch.__file__)
-    own_folder = os.path.dirname(__file__)
     for path, line in reversed(frames):
-        if not path.startswith((torch_folder, own_folder)):
+        if is_model_file(path):
             return f"{os.path.basename(path)}:{line}"
     return ""
 
@@ -90,14 +94,19 @@ def graph_from_exported(
     Raises CaptureError for mutated state or inputs, higher-order ops, weights of other types than
     plain tensors, and outputs that are neither tensors nor None.
     """
+    nested = [n for n in program.graph.nodes if any(a.op == "get_attr" for a in n.all_input_nodes)]
+
+    def place_of(node: fx.Node) -> str:
+        """Line of a node; a nested graph loses it when the program is made functional."""
+        first = (source_of(n) for n in nested if n.target is node.target)
+        return source_of(node) or next(first, "")
+
     program = functional(program)
     signature = program.graph_signature
     for spec in signature.output_specs:
         if spec.kind is not OutputKind.USER_OUTPUT:
-            raise CaptureError(
-                f"the model changes its state ({spec.kind.name.lower()} of {spec.target}); "
-                "graphopt captures pure forwards: pass use_cache=False or remove the mutation"
-            )
+            written = next((n for n in program.graph.nodes if n.name == spec.arg.name), None)
+            raise refused_change(spec.kind.name.lower(), str(spec.target), written, source_of)
     weights: dict[str, Tensor] = {}
     lifted: dict[str, str] = {}
     first_name: dict[int, str] = {}
@@ -148,15 +157,15 @@ def graph_from_exported(
             module = str(getattr(node.target, "__module__", ""))
             is_op = isinstance(node.target, torch._ops.OpOverload)
             if not is_op and module not in ("_operator", "operator", "math", "torch"):
-                raise CaptureError(
-                    f"{node.target} is not an op graphopt can rewrite "
-                    f"({source_of(node) or node.name})"
-                )
+                raise refused_node(node, place_of)
             if is_random(node):
                 random.append(f"{node.target} ({source_of(node)})")
             made = new.node_copy(node, mapping.__getitem__)
         else:
-            raise CaptureError(f"node {node.name} of kind {node.op} (higher-order op?)")
+            # A nested graph; the call that runs it says what it is.
+            raise refused_node(next(iter(node.users), node), place_of)
+        if isinstance(value := node.meta.get("val"), Tensor) and value.layout != torch.strided:
+            raise refused_layout(node, source_of)
         made.meta = {
             "val": node.meta.get("val"),
             "layer": layer_of(node),

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from graphopt.ir.limits import Limit
 from graphopt.ir.names import weight_text
 from graphopt.ir.weights import PackedWeight
 from graphopt.report import PassRecord
@@ -64,12 +65,11 @@ class Graph:
     """What passes did to this graph, in order; copies keep it, the textual form does not."""
     next_number: int = 0
     """`number` of the next call."""
-    limits: dict[str, int] = field(default_factory=dict)
-    """Name of a symbolic size ("sequence") -> the largest value that capture found the model to
-    take. Copies keep it, the textual form does not."""
+    limits: tuple[Limit, ...] = ()
+    """Conditions on the symbolic sizes under which the graph is the model."""
     notes: tuple[str, ...] = ()
     """What capture has to say about it: outputs that are None, attention taken as the model
-    computes it. Kept like `limits`."""
+    computes it. Copies keep it, the textual form does not."""
 
     @property
     def fx_graph(self) -> fx.Graph:
@@ -118,7 +118,7 @@ class Graph:
             self.inferred,
             self.records,
             self.next_number,
-            dict(self.limits),
+            self.limits,
             self.notes,
         )
 

@@ -24,6 +24,7 @@ from graphopt.errors import ProgramFormatError, UnsupportedError
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph, InputKind, InputSpec, graph_module
 from graphopt.ir.history import read_history
+from graphopt.ir.limits import Limit, read_limit
 from graphopt.ir.names import plain_name
 from graphopt.ir.printer import VERSION, Printer
 from graphopt.ir.shapes import DTYPES_BY_NAME, SymbolicInputs
@@ -94,6 +95,7 @@ class _Parser:
         self.builder = GraphBuilder(self.graph, self.fake.mode)
         self.nodes: dict[str, fx.Node] = {}
         self.types: list[tuple[int, fx.Node, str]] = []
+        self.limit_lines: list[tuple[int, Limit]] = []
         self.line = 0
 
     def fail(self, text: str) -> ProgramFormatError:
@@ -129,12 +131,17 @@ class _Parser:
                     handler(match)
                     break
             else:
+                limit = read_limit(line)
+                if limit is not None:
+                    self._limit(limit)
+                    continue
                 raise self.fail(f"not a line of a graph: {line[:60]!r}")
         if not is_done:
             raise self.fail("the text ends before 'return'")
         self.graph.symbols = self.fake.names
         used = [node.meta["number"] for _, node, _ in self.types]
         self.graph.next_number = max(used, default=-1) + 1
+        self._check_limits()
         self._check_types()
         return self.graph
 
@@ -148,6 +155,19 @@ class _Parser:
         self.nodes[f"%{match['name']}"] = self.builder.input(match["name"], value)
         spec = InputSpec(match["name"], cast(InputKind, match["kind"]))
         self.graph.inputs = (*self.graph.inputs, spec)
+
+    def _limit(self, limit: Limit) -> None:
+        self.limit_lines.append((self.line, limit))
+        self.graph.limits = (*self.graph.limits, limit)
+        self.fake.limits = tuple({**dict.fromkeys(self.fake.limits), limit: None})
+
+    def _check_limits(self) -> None:
+        """A serving graph counts token rows; its limits are those of one request."""
+        for line, limit in self.limit_lines:
+            self.line = line
+            unknown = limit.names - set(self.fake.names.values())
+            if unknown and self.graph.dialect == "captured":
+                raise self.fail(f"limit of {min(unknown)!r}, which is no size of an input")
 
     def _weights(self, match: re.Match[str]) -> None:
         if match["first"] is None:

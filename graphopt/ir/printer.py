@@ -2,6 +2,7 @@
 
     gir 1
     graph "tiny" captured
+    limit sequence <= 24 branch  # model.py:12
     input %input_ids : i64[batch, sequence] user
     weight @embed.weight : f32[100, 64]
     %0 : size[sequence] = aten.sym_size.int(%input_ids, 1)  #  | model.py:3
@@ -56,6 +57,7 @@ class Printer:
         """The whole graph."""
         graph = self.graph
         lines = [f"gir {VERSION}", f"graph {json.dumps(graph.name)} {graph.dialect}"]
+        lines += [limit.line(has_source=not self.canonical) for limit in graph.limits]
         kinds = {spec.name: spec.kind for spec in graph.inputs}
         weights: dict[str, fx.Node] = {}
         body: list[str] = []

@@ -19,6 +19,8 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 
+from graphopt.ir.limits import Limit, fitting_size, lowest
+
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "f64",
     torch.float32: "f32",
@@ -44,11 +46,13 @@ class SymbolicInputs:
     """Makes fake inputs whose named axes are symbolic, for (re-)inferring shapes of a graph.
 
     One instance owns one ShapeEnv: two axes given the same name are the same symbol.
+    limits: what the sizes keep to; ops that look at a size see one that is allowed.
     """
 
     def __init__(self) -> None:
         self.shape_env = ShapeEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self.shape_env, allow_non_fake_inputs=True)
+        self.limits: tuple[Limit, ...] = ()
         self._symbols: dict[str, torch.SymInt] = {}
 
     def symbol(self, name: str) -> torch.SymInt:
@@ -57,6 +61,11 @@ class SymbolicInputs:
             hint = _HINTS[len(self._symbols) % len(_HINTS)] + 42 * (
                 len(self._symbols) // len(_HINTS)
             )
+            low = lowest(self.limits, name)
+            if low is not None:
+                # At its least a size may look like a number that an op knows.
+                hint = max(hint, low.number + low.number // 2 + 1)
+            hint = fitting_size(self.limits, name, hint)
             probe = self.mode.from_tensor(
                 torch.empty(hint, device="meta"),
                 static_shapes=False,

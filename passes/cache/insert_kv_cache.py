@@ -24,7 +24,7 @@ cover.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,6 +33,7 @@ from torch import Tensor, fx
 
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph, InputSpec, argument, graph_module, is_call, shape_of
+from graphopt.ir.limits import Limit
 from graphopt.ir.shapes import SymbolicInputs
 from graphopt.ops import attention, embedding_wq, kv_write, paged_attention
 from graphopt.passes.base import EXACT, Pass, Reject, Stage, Tier
@@ -94,6 +95,15 @@ class InsertKvCache(Pass[ServingPlan]):
                 tokens,
                 "capture with dynamic=True",
             )
+        unserved = next(
+            (limit for limit in graph.limits if not _is_servable(limit, graph, names)), None
+        )
+        if unserved is not None:
+            return Reject(
+                "limited-sizes",
+                f"a request grows a token at a time and is a batch of one, and {unserved.reason()}",
+                tokens,
+            )
         try:
             rows = trace_rows(graph, tokens)
         except RowsMixedError as refusal:
@@ -122,6 +132,11 @@ class InsertKvCache(Pass[ServingPlan]):
     def rewrite(self, builder: GraphBuilder, bound: ServingPlan) -> None:
         """Rebuild the graph over token rows."""
         _Rebuild(builder.graph, bound, builder.site).run()
+
+
+def _is_servable(limit: Limit, graph: Graph, sizes: Sequence[str]) -> bool:
+    """A longest and a shortest request can be told to its sender."""
+    return limit.size == graph.symbols[sizes[1]] and limit.relation in ("<=", ">=")
 
 
 def _token_input(graph: Graph) -> fx.Node | None:
@@ -241,13 +256,11 @@ class _Rebuild:
 
     def _flat(self, logits: fx.Node) -> fx.Node:
         """The logits as `[L, V]`."""
-        axis = 0
-        value = self._rows_wanted(logits) if logits not in self.picked else self.picked[logits]
-        if logits in self.picked:
-            if len(shape_of(logits)) == 2:
-                return self.picked[logits]
-            axis = 1
-        return self.builder.emit(aten.select.int, [value, axis, 0], like=[logits])
+        is_picked = logits in self.picked
+        value: fx.Node = self.picked[logits] if is_picked else self._rows_wanted(logits)
+        if is_picked and len(shape_of(logits)) == 2:
+            return value
+        return self.builder.emit(aten.select.int, [value, int(is_picked), 0], like=[logits])
 
     def _is_kept(self, node: fx.Node) -> bool:
         """False for casts of the padding input and for asserts about types, proven by now."""

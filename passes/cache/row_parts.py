@@ -76,7 +76,7 @@ def _parts(rows: Rows, node: fx.Node) -> tuple[Rows, fx.Graph] | None:
 
     try:
         with enable_python_dispatcher(), torch.no_grad():
-            graph = make_fx(call, core_aten_decompositions())(*fakes).graph
+            graph = make_fx(call, dict(core_aten_decompositions()))(*fakes).graph
     except Exception:
         # Whatever stops the decomposition, there is no proof then.
         return None

@@ -20,7 +20,7 @@ from functools import cache
 import torch
 from torch import Tensor, fx
 
-from graphopt.ir.graph import Graph, argument, is_call
+from graphopt.ir.graph import Graph, argument, is_call, tensor_inputs
 from graphopt.ops.registry import spec_of
 
 aten = torch.ops.aten
@@ -113,10 +113,11 @@ def _takes_strides(target: torch._ops.OpOverload) -> bool:
 def fixes_layout(node: fx.Node) -> bool:
     """True for copies whose result is contiguous whatever they are given."""
     if is_call(node, aten.contiguous.default):
-        return argument(node, "memory_format") in (None, torch.contiguous_format)
-    if is_call(node, aten.clone.default):
-        return bool(argument(node, "memory_format") == torch.contiguous_format)
-    return False
+        return tensor_inputs(node).get("memory_format", torch.contiguous_format) == (
+            torch.contiguous_format
+        )
+    is_clone = is_call(node, aten.clone.default)
+    return is_clone and tensor_inputs(node).get("memory_format") == torch.contiguous_format
 
 
 def layout_matters(graph: Graph) -> set[fx.Node]:

@@ -9,9 +9,10 @@
 What stands between the product and the softmax is read as algebra (`graphopt.passes.masks`), not
 as a chain of ops: scales, softcap, additive and boolean masks in any order. A mask is dropped only
 when its meaning is proven; otherwise it stays a dense operand, with the reason in the report.
+Where no node holds it, the model's own ops on scores of zero give it (`attention_residue.py`).
 Repeated key/value heads are read un-repeated. Rejected, with a code: softmax over another axis,
-scores or probabilities used elsewhere, active dropout, and whatever multiplies no two tensors of
-heads.
+scores or probabilities used elsewhere, active dropout, a softmax made of exponentials, and whatever
+multiplies no two tensors of heads.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from graphopt.passes.fuse.attention_site import (
     proven,
     unfitting,
 )
+from graphopt.passes.fuse.softmax_lookalikes import is_lookalike, refused
 from graphopt.passes.masks import algebra as ia
 from graphopt.passes.masks.bits import read_bits
 from graphopt.passes.masks.grid import Candidate
@@ -58,12 +60,13 @@ class FuseAttention(Pass[AttentionSite]):
     tier: ClassVar[Tier] = Tier("reassociating", 1e-5)
 
     def match(self, graph: Graph) -> Iterable[fx.Node]:
-        """Attention ops that no site has claimed yet, SDPA calls, softmaxes."""
+        """Attention ops that no site has claimed yet, SDPA calls, softmaxes, and look-alikes."""
         sdpa = aten.scaled_dot_product_attention.default
         return [
             node
             for node in graph.nodes
             if is_call(node, sdpa, *SOFTMAX)
+            or is_lookalike(node)
             or (is_call(node, attention.SPEC.overload) and not _is_adopted(node))
         ]
 
@@ -73,6 +76,8 @@ class FuseAttention(Pass[AttentionSite]):
             return _hooked(graph, node)
         if is_call(node, *SOFTMAX):
             return hand_written(graph, node)
+        if is_lookalike(node):
+            return refused(node)
         return _sdpa(graph, node)
 
     def remark(self, bound: AttentionSite) -> str:

@@ -57,7 +57,8 @@ class FuseRope(Pass[Rotation]):
     tier: ClassVar[Tier] = Tier("reassociating", 1e-6)
 
     def match(self, graph: Graph) -> Iterable[fx.Node]:
-        """Joins of a negated part and another part, of a difference and a sum; complex views."""
+        """Joins of a negated part and another part, of a difference and a sum; complex views; and
+        what differs from these by a sign."""
         return [n for n in graph.nodes if is_rotation(n)]
 
     def check(self, graph: Graph, node: fx.Node) -> Rotation | Reject:

@@ -4,8 +4,10 @@
     gelu     aten.gelu(x)                  0.5 * x * (1 + erf(x / sqrt(2)))
     tanh     aten.gelu(x, "tanh")          0.5 * x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3)))
 
-Numbers are compared at 1e-4 relative: models write them with few digits. Products are read as sets
-of factors, so their order does not matter.
+A written number may differ from the formula's by 1e-6 relative: the result then changes by less
+than the tier allows (by as much for the half, by less for the others). Products are read as sets of
+factors, so their order does not matter. Refused by name: a sigmoid made of exponentials, numbers
+that are another function's, an erf or tanh that is not added to 1.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Literal
 import torch
 from torch import fx
 
-from graphopt.ir.graph import argument, is_call
+from graphopt.ir.graph import argument, is_call, op_name
 from graphopt.passes.base import Reject
 from graphopt.passes.fuse.walk import CASTS, only_user, other_operand
 
@@ -25,6 +27,10 @@ aten = torch.ops.aten
 Kind = Literal["silu", "gelu", "tanh"]
 _MULS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 _ADDS = (aten.add.Tensor, aten.add.Scalar)
+_SUBTRACTIONS = (aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar)
+_DIVISIONS = (aten.div.Tensor, aten.reciprocal.default)
+_EXPONENTIALS = (aten.exp.default, aten.exp2.default)
+_NEARNESS = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +44,22 @@ class Gated:
 
 
 def is_activation(node: fx.Node) -> bool:
-    """Candidates: silu, gelu; and the sigmoid, erf or tanh of a hand-written one."""
-    if is_call(node, aten.silu.default, aten.gelu.default):
+    """Candidates: silu, gelu; and the sigmoid, erf, tanh or exponential of a hand-written one."""
+    if is_call(node, aten.silu.default, aten.gelu.default, aten.erfc.default):
         return True
-    if is_call(node, aten.sigmoid.default):
+    user = only_user(node)
+    if is_call(node, aten.sigmoid.default, aten.hardsigmoid.default):
         # A sigmoid that multiplies nothing is no activation: a router, a mask.
-        return is_call(only_user(node), aten.mul.Tensor)
-    if not is_call(node, aten.erf.default, aten.tanh.default):
+        return is_call(user, aten.mul.Tensor) or (
+            is_call(user, *_ADDS) and node.args[0] in user.args
+        )
+    if user is None or not is_call(user, *_ADDS, *_SUBTRACTIONS):
         return False
-    shifted = only_user(node)
-    if shifted is None or not is_call(shifted, *_ADDS) or argument(shifted, "alpha") != 1:
+    if not any(isinstance(operand, (int, float)) for operand in user.args[:2]):
         return False
-    added = shifted.args[1]
-    return isinstance(added, (int, float)) and added == 1
+    if is_call(node, *_EXPONENTIALS):
+        return is_call(only_user(user), *_DIVISIONS) and is_call(user, *_ADDS)
+    return is_call(node, aten.erf.default, aten.tanh.default)
 
 
 def read_gated(node: fx.Node) -> Gated | Reject:
@@ -63,7 +72,14 @@ def read_gated(node: fx.Node) -> Gated | Reject:
         return _multiplied(node, "tanh" if is_tanh else plain, gate)
     if is_call(node, aten.sigmoid.default):
         return _sigmoid(node)
-    return _half_of_one_plus(node)
+    if is_call(node, *_EXPONENTIALS, aten.hardsigmoid.default):
+        return Reject(
+            "sigmoid-by-hand",
+            f"the sigmoid is made of {op_name(node)}",
+            node,
+            "use torch.sigmoid or torch.nn.functional.silu",
+        )
+    return _unknown(node) if is_call(node, aten.erfc.default) else _half_of_one_plus(node)
 
 
 def _multiplied(value: fx.Node, kind: Kind, gate: fx.Node) -> Gated | Reject:
@@ -88,6 +104,8 @@ def _sigmoid(sigmoid: fx.Node) -> Gated | Reject:
     x, product = sigmoid.args[0], only_user(sigmoid)
     assert product is not None
     assert isinstance(x, fx.Node)
+    if not is_call(product, aten.mul.Tensor):
+        return Reject("not-silu", "the sigmoid is added to its own argument", sigmoid)
     other = other_operand(product, sigmoid)
     if other is x:
         return _multiplied(product, "silu", x)
@@ -119,6 +137,8 @@ def _half_of_one_plus(root: fx.Node) -> Gated | Reject:
     """0.5 * x * (1 + erf or tanh of an inner term)."""
     shifted = only_user(root)
     assert shifted is not None
+    if not is_call(shifted, *_ADDS) or shifted.kwargs or 1 not in shifted.args:
+        return _unknown(root)
     kind: Kind = "gelu" if is_call(root, aten.erf.default) else "tanh"
     inner = root.args[0]
     gates = (x for x in _terms(inner) if _is_argument(inner, x, kind))
@@ -151,7 +171,7 @@ def _terms(node: object) -> list[fx.Node]:
 def _unknown(root: fx.Node) -> Reject:
     return Reject(
         "not-gelu",
-        "the formula around it is not the one of gelu",
+        "the formula around it is not the one of gelu, to six digits",
         root,
         "use torch.nn.functional.gelu",
     )
@@ -202,4 +222,4 @@ def _factors(node: object, leaves: frozenset[fx.Node]) -> tuple[float, list[fx.N
 
 
 def _near(number: float, expected: float) -> bool:
-    return math.isclose(number, expected, rel_tol=1e-4)
+    return math.isclose(number, expected, rel_tol=_NEARNESS)

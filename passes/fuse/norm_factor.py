@@ -4,8 +4,9 @@
     sqrt(v + eps)         x / sqrt(..)          x * (1 / sqrt(..))
     (v + eps) ** 0.5      x / ..
 
-with v = mean(x^2, -1), x centred or not, or v = var(x, -1) and x centred. A mean over another axis,
-a factor or a variance that is used elsewhere, and the unbiased variance are refused by name.
+with v = mean(x^2, -1), x centred or not, or v = var(x, -1) and x centred. Refused by name: a mean
+over another axis, a factor or a variance that is used elsewhere, the unbiased variance, no epsilon
+under the root, an epsilon behind it, and what is no square root.
 """
 
 from __future__ import annotations
@@ -22,6 +23,18 @@ from graphopt.passes.fuse.walk import CASTS, is_last_axis, only_user, uncast
 aten = torch.ops.aten
 _ADDS = (aten.add.Tensor, aten.add.Scalar)
 _VARIANCES = (aten.var.correction, aten.var.dim)
+_STATISTICS = (aten.mean.dim, aten.sum.dim_IntList)
+_ROOTS = (aten.rsqrt.default, aten.sqrt.default)
+_POINTWISE = (
+    *_ADDS,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.abs.default,
+    aten.clamp.default,
+    aten.maximum.default,
+    aten.sqrt.default,
+)
 _LAST_AXIS = "normalise over the last axis, with keepdim=True"
 
 
@@ -36,19 +49,47 @@ class Factor:
 
 
 def is_root_of_mean(node: fx.Node) -> bool:
-    """Candidates: rsqrt of anything; sqrt and powers of +-1/2 of something plus something."""
+    """Candidates: rsqrt of anything; sqrt and powers of +-1/2 of something plus something; and
+    sqrt, powers, logarithms and reciprocals of a mean of squares."""
     if is_call(node, aten.rsqrt.default):
         return True
-    if is_call(node, aten.pow.Tensor_Scalar) and node.args[1] not in (0.5, -0.5):
+    if is_call(node, aten.sqrt.default) or (
+        is_call(node, aten.pow.Tensor_Scalar) and node.args[1] in (0.5, -0.5)
+    ):
+        return is_call(node.args[0], *_ADDS) or _is_of_squares(node.args[0])
+    others = (aten.pow.Tensor_Scalar, aten.reciprocal.default, aten.log.default)
+    if not is_call(node, *others) or is_call(node.args[0], aten.sqrt.default):
         return False
-    return is_call(node, aten.sqrt.default, aten.pow.Tensor_Scalar) and is_call(
-        node.args[0], *_ADDS
-    )
+    return node.args[1:] != (2,) and _is_of_squares(node.args[0])
+
+
+def _is_of_squares(value: object) -> bool:
+    """A mean or sum of squares, or a variance, with numbers applied to it."""
+    while is_call(value, *_POINTWISE):
+        value = value.args[0]  # type: ignore[attr-defined]
+    if is_call(value, *_VARIANCES):
+        return True
+    square = value.args[0] if is_call(value, *_STATISTICS) else None  # type: ignore[attr-defined]
+    return isinstance(square, fx.Node) and _squared(square) is not None
 
 
 def read_factor(root: fx.Node) -> Factor | Reject:
     """Everything between x and the normalised x."""
-    total = root.args[0]
+    total, user = root.args[0], only_user(root)
+    if not is_call(root, *_ROOTS) and root.args[1:] not in ((0.5,), (-0.5,)):
+        return Reject(
+            "other-root",
+            f"expected a square root of the mean square, found {op_name(root)}",
+            root,
+            "use torch.rsqrt",
+        )
+    if not is_call(total, *_ADDS) and is_call(user, *_ADDS) and user is not None:
+        return Reject(
+            "epsilon-outside",
+            "epsilon is added to the root, not under it",
+            user,
+            "add eps to the mean square before the root",
+        )
     if not is_call(total, *_ADDS) or not isinstance(total, fx.Node) or total.kwargs:
         return Reject(
             "no-epsilon",

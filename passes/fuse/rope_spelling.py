@@ -6,12 +6,14 @@
     stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)    even a, odd b
     view_as_real(view_as_complex(x as pairs) * freqs).flatten(-2)    complex
 
-The last three read tables of half width: an angle a pair.
+The last three read tables of half width: an angle a pair. The minus belongs to the part that comes
+first; look-alikes with another sign, none, or with the halves rolled are candidates and refused.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +31,8 @@ _RESHAPES = (
     aten._unsafe_view.default,
     aten.unflatten.int,
 )
+_SUMS = (aten.add.Tensor, aten.sub.Tensor)
+_MEND = "spell it x * cos + cat([-second_half, first_half], -1) * sin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,8 @@ def is_rotation(node: fx.Node) -> bool:
     """Candidates, one a rotation."""
     if is_call(node, aten.view_as_complex.default):
         return True
+    if is_call(node, aten.roll.default):
+        return _rolls_halves(node)
     if not is_call(node, aten.cat.default, aten.stack.default):
         return False
     parts = argument(node, "tensors")
@@ -59,17 +65,38 @@ def is_rotation(node: fx.Node) -> bool:
         return False
     if is_call(parts[0], aten.neg.default):
         return True
-    if not is_call(parts[0], aten.sub.Tensor) or not is_call(parts[1], aten.add.Tensor):
+    if all(is_call(part, *_SUMS) for part in parts):
+        terms = [term for part in parts for term in part.args]
+        return sum(is_call(term, aten.mul.Tensor) for term in terms) >= 3
+    return _is_signless(node, parts)
+
+
+def _is_signless(node: fx.Node, parts: Sequence[fx.Node]) -> bool:
+    """A join of the parts of one tensor, some of them changed, times a table, plus something."""
+    found = [_part(part) or _part_below(part) for part in parts]
+    by_sin = only_user(_joined(node) or node)
+    if found[0] is None or found[1] is None or not is_call(by_sin, aten.mul.Tensor):
         return False
-    return all(is_call(term, aten.mul.Tensor) for part in parts for term in part.args)
+    return found[0][0] is found[1][0] and by_sin is not None and is_call(only_user(by_sin), *_SUMS)
+
+
+def _part_below(node: fx.Node) -> tuple[fx.Node, range] | None:
+    """The part that one op on one tensor was given."""
+    is_changed = node.op == "call_function" and len(node.all_input_nodes) == 1
+    return _part(node.all_input_nodes[0]) if is_changed else None
 
 
 def read_turn(node: fx.Node) -> Turn | Reject:
     """The spelling anchored at a candidate."""
     if is_call(node, aten.view_as_complex.default):
         turn = _complex(node)
+    elif is_call(node, aten.roll.default):
+        return Reject("rotation-by-roll", "the halves are exchanged by a roll", node, _MEND)
     elif is_call(argument(node, "tensors")[0], aten.neg.default):
         turn = _with_rotated(node)
+    elif not all(is_call(part, *_SUMS) for part in argument(node, "tensors")):
+        text = "the part that comes first is not negated, or the other is"
+        return Reject("rotation-sign", text, node, _MEND)
     else:
         turn = _with_halves(node)
     if isinstance(turn, Reject):
@@ -113,8 +140,13 @@ def _with_rotated(node: fx.Node) -> Turn | Reject:
 def _with_halves(node: fx.Node) -> Turn | Reject:
     """join(a * cos - b * sin, b * cos + a * sin), anchored on the join."""
     difference, total = argument(node, "tensors")
+    if not is_call(difference, aten.sub.Tensor) or not is_call(total, aten.add.Tensor):
+        text = "the parts are not a difference and a sum, in this order"
+        return Reject(
+            "rotation-sign", text, node, "spell them a * cos - b * sin, b * cos + a * sin"
+        )
     last, stacked = _joined(node), is_call(node, aten.stack.default)
-    terms = [set(term.args) for term in total.args]
+    terms = [set(term.args) for term in total.args if is_call(term, aten.mul.Tensor)]
     is_plain = not difference.kwargs and not total.kwargs
     for a, cos in _both_orders(difference.args[0]):
         for b, sin in _both_orders(difference.args[1]):
@@ -158,6 +190,14 @@ def _complex(node: fx.Node) -> Turn | Reject:
     return Turn(last, x, table, table, interleaved=True, half_tables=True)
 
 
+def _rolls_halves(node: fx.Node) -> bool:
+    """x rolled by half of its columns."""
+    shifts, axes = argument(node, "shifts"), argument(node, "dims")
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    return len(shifts) == 1 and is_last_axis(x, axes) and 2 * abs(shifts[0]) == shape_of(x)[-1]
+
+
 def _joined(node: fx.Node) -> fx.Node | None:
     """The node with the joined columns: of cat itself, of stack the flatten behind it."""
     if not is_last_axis(node, argument(node, "dim")):
@@ -172,7 +212,7 @@ def _joined(node: fx.Node) -> fx.Node | None:
 
 
 def _both_orders(product: fx.Node) -> list[tuple[fx.Node, fx.Node]]:
-    left, right = product.args[:2]
+    left, right = product.args[:2] if is_call(product, aten.mul.Tensor) else (None, None)
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         return []
     return [(left, right), (right, left)]

@@ -82,6 +82,7 @@ LLAMA_LAYER = "model.layers.0.self_attn"
         ("gpt2", {"transformer.h.0.attn.bias": triangle().bool()}),
         ("gpt2", {"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}),
         ("gpt2", {"h.0.attn.bias": triangle(), "h.0.attn.masked_bias": torch.tensor(-1e9)}),
+        ("gpt2", {"model.decoder.version": torch.tensor([3.0])}),
         ("bert", {"bert.embeddings.position_ids": torch.arange(16)[None]}),
         ("bert", {"bert.embeddings.token_type_ids": torch.zeros(1, 16, dtype=torch.long)}),
     ],
@@ -116,6 +117,21 @@ def test_tensors_that_matter_are_refused_by_name(
     with pytest.raises(WeightFormatError) as caught:
         load(tmp_path / "m", config=config)
     assert f"unexpected ['{tensor}']" in str(caught.value)
+
+
+def test_heads_of_pretraining_are_told(tmp_path: Path, config: Config) -> None:
+    """The files of bert-base hold them beside the language model's head."""
+    heads = {
+        "bert.pooler.dense.weight": torch.rand(32, 32),
+        "cls.seq_relationship.bias": torch.rand(2),
+    }
+    model = saved(tmp_path / "m", "bert", **heads)
+    source = load(tmp_path / "m", config=config)
+    assert torch.equal(logits(source.module), logits(model))
+    (note,) = source.notes
+    assert note.startswith(
+        "bert.pooler.dense.weight, cls.seq_relationship.bias: heads that BertFor"
+    )
 
 
 def test_other_rotary_frequencies_are_told(tmp_path: Path, config: Config) -> None:

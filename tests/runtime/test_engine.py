@@ -190,7 +190,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     ([1.5], {}, "sequence of integer token ids"),
     (7, {}, "sequence of integer token ids"),
     ("text", {}, "needs a tokenizer"),
-    ([1] * 31, {"max_tokens": 1}, "the prompt has 31 tokens, the model takes 30"),
+    ([1] * 31, {"max_tokens": 1}, "the prompt has 31 tokens, the program takes 30"),
     ([1] * 20, {"max_tokens": 12}, "context of 30 leaves 11"),
     ([1] * 20, {"max_tokens": 6}, "need room for 25 tokens, the KV cache has room for 24"),
     ([1], {"stop": ("x",), "max_tokens": 2}, "stop texts need a tokenizer"),

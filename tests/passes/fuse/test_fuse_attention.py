@@ -274,6 +274,30 @@ def test_rejections_carry_their_codes() -> None:
     assert code(router) == "no-value-product"
 
 
+def by_exponentials(s: Tensor) -> Tensor:
+    powers = torch.exp(s - s.amax(-1, keepdim=True))
+    return powers / powers.sum(-1, keepdim=True)
+
+
+def by_powers_of_two(s: Tensor) -> Tensor:
+    powers = torch.exp2(s * 1.44269504)
+    return powers * powers.sum(-1, keepdim=True).reciprocal()
+
+
+@pytest.mark.parametrize(
+    ("normalise", "expected"),
+    [
+        (by_exponentials, "softmax-by-hand"),
+        (by_powers_of_two, "softmax-by-hand"),
+        (lambda s: torch.exp(s - s.logsumexp(-1, keepdim=True)), "softmax-by-hand"),
+        (torch.sigmoid, "not-softmax"),
+        (lambda s: torch.log_softmax(s, -1), "not-softmax"),
+    ],
+)
+def test_what_looks_like_a_softmax(normalise: Callable[[Tensor], Tensor], expected: str) -> None:
+    assert code(lambda q, k, v: normalise(q @ k.transpose(2, 3) * 0.5) @ v) == expected
+
+
 def test_the_hook_is_adopted_once_a_layer() -> None:
     graph = capture(tiny_llama(layers=3))
     report = apply(graph, "fuse_attention")

@@ -334,9 +334,30 @@ def complex_sum(x: Tensor) -> Tensor:
     return torch.view_as_real(pairs + 1).flatten(3)
 
 
+def signless(x: Tensor) -> Tensor:
+    cos, sin = (t.unsqueeze(1) for t in tables(x))
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([second, first], -1) * sin
+
+
+def sign_behind(x: Tensor) -> Tensor:
+    cos, sin = (t.unsqueeze(1) for t in tables(x))
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([second, -first], -1) * sin
+
+
+def rolled(x: Tensor) -> Tensor:
+    cos, sin = (t.unsqueeze(1) for t in tables(x))
+    signs = torch.where(torch.arange(WIDTH) < HALF, -1.0, 1.0)
+    return x * cos + torch.roll(x, HALF, -1) * signs * sin
+
+
 @pytest.mark.parametrize(
     ("rotation", "code"),
     [
+        (signless, "rotation-sign"),
+        (sign_behind, "rotation-sign"),
+        (rolled, "rotation-by-roll"),
         (swapped_halves, "not-two-halves"),
         (odd_before_even, "not-two-halves"),
         (both_subtract, "not-two-halves"),
