@@ -32,7 +32,8 @@ def torch_layers_as_written() -> Iterator[None]:
 
 
 def _said_to_be_causal(
-    _mask: Tensor | None, is_causal: bool | None = None, _size: int | None = None
+    mask: Tensor | None, is_causal: bool | None = None, size: int | None = None
 ) -> bool:
     """What the caller said of a mask; torch looks at its values when nothing was said."""
+    del mask, size
     return is_causal is True
