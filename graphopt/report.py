@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 LOGGER = logging.getLogger("graphopt")
 LIMIT = "limit"
@@ -128,7 +129,8 @@ class NumericChange:
 class Report:
     """The record of one compilation: stages outside the passes in seconds, then the passes.
 
-    disabled: passes that the user turned off.
+    disabled: passes that the user turned off. assumptions: what rewrites took for granted of
+    inputs, in words; see `graphopt.ir.assumptions`.
     """
 
     passes: list[PassRecord] = field(default_factory=list)
@@ -136,6 +138,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     numerics: list[NumericChange] = field(default_factory=list)
     disabled: list[str] = field(default_factory=list)
+    assumptions: list[str] = field(default_factory=list)
 
     def sites(self, pass_name: str) -> int:
         """Number of rewrites a pass applied, over all its runs."""
@@ -162,6 +165,7 @@ class Report:
         that compiled, are left out."""
         return {
             "disabled": list(self.disabled),
+            "assumptions": list(self.assumptions),
             "numerics": [asdict(change) for change in self.numerics],
             "passes": [
                 {
@@ -187,12 +191,14 @@ class Report:
                 for entry in data["passes"]
             ],
             disabled=list(data["disabled"]),
+            assumptions=list(data.get("assumptions", ())),
             numerics=[NumericChange(**change) for change in data.get("numerics", ())],
         )
 
     def table(self) -> Table:
-        """The table the CLI prints: pass, ms, sites, nodes before and after."""
-        table = Table(title="passes")
+        """The table the CLI prints: pass, ms, sites, nodes before and after, and below it what is
+        assumed."""
+        table = Table(title="passes", caption=assumed(self.assumptions))
         for heading in ("pass", "ms", "sites", "rejected", "nodes before", "nodes after"):
             table.add_column(heading, justify="left" if heading == "pass" else "right")
         for record in self.passes:
@@ -205,6 +211,12 @@ class Report:
                 str(record.nodes_after),
             )
         return table
+
+
+def assumed(assumptions: Sequence[str]) -> Text | None:
+    """The assumptions as lines below a table; None where there are none."""
+    # Text, since brackets are not markup.
+    return Text("\n".join(f"assumes: {line}" for line in assumptions)) if assumptions else None
 
 
 def grouped(rejections: Sequence[Rejection]) -> list[tuple[str, int]]:

@@ -14,7 +14,7 @@ capture starts over with transformers' own masks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,8 +45,10 @@ class MaskMeaning:
 class _Session:
     """The masks made during one capture, recognised again by identity when a layer gets them."""
 
-    def __init__(self, positions_given: bool) -> None:
+    def __init__(self, positions_given: bool, eager: Collection[int] = ()) -> None:
         self.positions_given = positions_given
+        # Ids of the configurations that asked for transformers' eager attention.
+        self.eager = frozenset(eager)
         self._made: list[tuple[Tensor, MaskMeaning]] = []
 
     def remember(self, mask: Tensor, meaning: MaskMeaning) -> Tensor:
@@ -175,6 +177,8 @@ def _graphopt_attention(
             mask = torch.where(mask, position_bias, torch.finfo(position_bias.dtype).min)
         else:
             mask = mask + position_bias
+    is_eager = bool(_SESSIONS) and id(getattr(module, "config", None)) in _SESSIONS[-1].eager
+    may_hide_all = is_eager and (mask is not None or padding is not None)
     out_BHSE = torch.ops.graphopt.attention(
         query_BHSD,
         key_BGTD,
@@ -186,8 +190,17 @@ def _graphopt_attention(
         causal=causal,
         window=window,
         softcap=float(softcap or 0.0),
+        hidden=_eager_low(query_BHSD.dtype) if may_hide_all else "",
+        empty_is_nan=may_hide_all,
     )
     return out_BHSE.transpose(1, 2).contiguous(), None
+
+
+def _eager_low(dtype: torch.dtype) -> str:
+    """What transformers' eager attention makes of a hidden score: it adds the type's lowest number
+    to it, where SDPA puts minus infinity."""
+    low = torch.finfo(dtype).min
+    return f"f16(s + {low!r})" if dtype == torch.float16 else repr(low)
 
 
 @contextmanager
@@ -201,7 +214,8 @@ def attention_hooks(model: PreTrainedModel, positions_given: bool) -> Iterator[N
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _graphopt_mask)
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     previous = {key: config._attn_implementation for key, config in configs.items()}
-    session = _Session(positions_given)
+    eager = [key for key, name in previous.items() if name == "eager"]
+    session = _Session(positions_given, eager)
     _SESSIONS.append(session)
     try:
         for config in configs.values():

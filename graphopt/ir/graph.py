@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from graphopt.ir.assumptions import Assumption
 from graphopt.ir.names import weight_text
 from graphopt.ir.weights import PackedWeight
 from graphopt.report import PassRecord
@@ -67,6 +68,8 @@ class Graph:
     limits: dict[str, int] = field(default_factory=dict)
     """Name of a symbolic size ("sequence") -> the largest value that capture found the model to
     take. Copies keep it, the textual form does not."""
+    assumptions: tuple[Assumption, ...] = ()
+    """What rewrites took for granted of inputs, each once; see `graphopt.ir.assumptions`."""
 
     @property
     def fx_graph(self) -> fx.Graph:
@@ -116,7 +119,15 @@ class Graph:
             self.records,
             self.next_number,
             dict(self.limits),
+            self.assumptions,
         )
+
+    def assume(self, assumption: Assumption) -> None:
+        """Add an assumption, unless an earlier rewrite has made it."""
+        if (assumption.code, assumption.subject) not in {
+            (known.code, known.subject) for known in self.assumptions
+        }:
+            self.assumptions += (assumption,)
 
     def take_number(self) -> int:
         """A number that no call has, or had."""

@@ -10,6 +10,8 @@ independent requests. `row_layout.py` holds the terms, `row_shape_rules.py` the 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, fx
 
@@ -19,9 +21,11 @@ from graphopt.ops import (
     embedding_wq,
     layer_norm,
     linear_wq,
+    predicate,
     rms_norm,
     rope,
 )
+from graphopt.ops.attention import NEGLIGIBLE
 from graphopt.passes.cache.row_layout import (
     Axis,
     Rows,
@@ -194,9 +198,34 @@ def _attention(rows: Rows, node: fx.Node) -> Axis:
             "has a padding mask that is not an input of its own: a step has no padding, and "
             "dropping this mask would change the result",
         )
+    if peak_bounds(node) is None:
+        raise mixed(node, "hides keys by numbers that have no bound, so later tokens may be seen")
     if not rows.is_constant(argument(node, "sinks_H")):
         raise mixed(node, "has sinks that depend on the tokens")
     return 2
+
+
+_NO_WEIGHT = 104.0
+"""exp of less than minus this is zero in float32."""
+
+
+def peak_bounds(node: fx.Node) -> tuple[float, float] | None:
+    """Between which the highest score of a row of causal attention must lie for hidden keys to
+    weigh nothing; (0, 0) where they never do, None where it cannot be told.
+
+    A number that is filled in must lie below the highest score. Where one is added, the hidden
+    scores are not known; they are taken to be no higher than all of the others may be.
+    """
+    hidden, softcap = str(argument(node, "hidden")), float(argument(node, "softcap"))
+    found = (-math.inf, False) if not hidden else predicate.highest(hidden, "s")
+    if found is None:
+        return None
+    low, is_added = found
+    if low <= NEGLIGIBLE or (softcap and low < -2 * softcap - _NO_WEIGHT):
+        return 0.0, 0.0
+    if is_added:
+        return (low + _NO_WEIGHT) / 2, -(low + _NO_WEIGHT) / 2
+    return low + _NO_WEIGHT, -NEGLIGIBLE
 
 
 def _is_all_true(mask: fx.Node) -> bool:

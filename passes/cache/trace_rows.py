@@ -29,6 +29,7 @@ from graphopt.passes.cache.row_rules import CASTS, RULES, pointwise
 from graphopt.passes.cache.row_shape_rules import TAKES_SIZES
 
 aten = torch.ops.aten
+_OPERANDS = ("q_BHSD", "k_BGTD", "v_BGTE", "mask", "pad_BT", "sinks_H")
 _SIZE_READS = (aten.sym_size.int, aten.sym_numel.default)
 
 
@@ -113,9 +114,11 @@ def _only_pads(node: fx.Node) -> bool:
 
 def _is_padding_use(node: fx.Node, user: fx.Node) -> bool:
     if user.target is attention.SPEC.overload:
-        uses = list(user.args) + list(user.kwargs.values())
-        flat = [n for use in uses for n in (use if isinstance(use, (list, tuple)) else [use])]
-        return flat.count(node) == 1 and argument(user, "pad_BT") is node
+        # Tensors beside the operands are read to hide keys, which a step does not do.
+        is_tensor_beside = argument(user, "predicate") or argument(user, "bias")
+        others = list(argument(user, "aux") or ()) if is_tensor_beside else []
+        uses = [argument(user, name) for name in _OPERANDS] + others
+        return uses.count(node) == 1 and argument(user, "pad_BT") is node
     if is_call(user, *_SIZE_READS, aten._assert_tensor_metadata.default):
         # The sizes of a serving step come from the tokens.
         return True

@@ -19,21 +19,22 @@ from graphopt.passes.fuse.attention_operands import (
     unrepeated,
     unscaled,
 )
+from graphopt.passes.fuse.attention_outer_mask import outer_mask
 from graphopt.passes.fuse.attention_walk import (
     Down,
     leads_to,
-    outer_mask,
     product_below,
     read_sinks,
     used_elsewhere,
     walk_down,
     without_row_maximum,
 )
+from graphopt.passes.fuse.walk import CASTS
 from graphopt.passes.masks import algebra as ia
 from graphopt.passes.masks.algebra import Expr
 from graphopt.passes.masks.bits import read_bits
 from graphopt.passes.masks.grid import Candidate, agrees
-from graphopt.passes.masks.meaning import MaskMeaning, Unproven, read_meaning, reader
+from graphopt.passes.masks.meaning import Hidden, MaskMeaning, Unproven, read_meaning, reader
 from graphopt.passes.masks.scores import Unread, read_scores
 from graphopt.passes.masks.values import MaskValues, axis, size_expr
 
@@ -45,7 +46,7 @@ Sizes = Sequence[int | torch.SymInt]
 class AttentionSite:
     """`last` computes attention(q, k, v). order: permutation of the result's axes. is_folded: the
     result is `[B * H, S, E]` of four axes. is_flat: operands and result have three axes.
-    mask_is_inverted: the dense mask hides where true."""
+    mask_is_inverted: the dense mask hides where true. is_safe: rows of -inf alone give zeros."""
 
     last: fx.Node
     q: Operand
@@ -59,6 +60,7 @@ class AttentionSite:
     is_folded: bool = False
     is_flat: bool = False
     mask_is_inverted: bool = False
+    is_safe: bool = False
 
     @property
     def head_axis(self) -> int:
@@ -86,12 +88,15 @@ def proven(
     bias: Expr | None,
     sizes: Sizes,
     candidate: Candidate | None,
+    hidden: Hidden,
     values: MaskValues | None = None,
+    bits: tuple[str, ...] = (),
 ) -> AttentionSite | Unproven:
-    """The site with the meaning of a mask, proven and tested."""
-    meaning = read_meaning(values or reader(graph), visible, bias, mask_sizes(sizes))
+    """The site with the meaning of a mask, proven and tested; bits: of `read_bits`."""
+    meaning = read_meaning(values or reader(graph), visible, bias, hidden, mask_sizes(sizes))
     if isinstance(meaning, Unproven):
         return meaning
+    meaning = replace(meaning, bits=bits)
     if candidate is not None and not agrees(graph, candidate, meaning):
         return Unproven("mask-check-failed", "the mask computes something else on a small grid")
     return replace(site, meaning=meaning)
@@ -123,12 +128,15 @@ def hand_written(graph: Graph, softmax: fx.Node) -> AttentionSite | Reject:
     if used is not None:
         text = f"the scores are also used by {op_name(used)}"
         return Reject("scores-used", text, used, "use the scores for nothing but the softmax")
-    return _site(graph, values, down, scores, product, sinks)
+    site = _site(graph, down, scores, product, sinks)
+    if isinstance(site, Reject):
+        return site
+    site = replace(site, is_safe=is_call(softmax, aten._safe_softmax.default))
+    return _masked(graph, values, site, scores, product)
 
 
 def _site(
     graph: Graph,
-    values: MaskValues,
     down: Down,
     scores: fx.Node,
     product: fx.Node,
@@ -167,10 +175,9 @@ def _site(
     if len(dtypes) != 1:
         text = f"queries, keys, values and result have dtypes {sorted(map(str, dtypes))}"
         return Reject("dtype-mix", text, down.last, "use one dtype")
-    site = AttentionSite(
+    return AttentionSite(
         down.last, q, k, v, scale, 0.0, sinks, MaskMeaning(), down.order, is_folded, is_flat
     )
-    return _masked(graph, values, site, scores, product)
 
 
 def unfitting(q: Operand, k: Operand, v: Operand, scores: fx.Node, last: fx.Node) -> Reject | None:
@@ -205,21 +212,17 @@ def _masked(
     if isinstance(found, AttentionSite):
         return found
     peeled = outer_mask(scores, product)
-    if peeled is not None and _may_stay(site, found, peeled[1]):
-        inner, mask, is_inverted = peeled
-        below = _read(graph, values, site, inner, product)
+    if peeled is not None and _may_stay(site, peeled.mask):
+        below = _read(graph, values, site, peeled.inner, product)
         if isinstance(below, AttentionSite) and below.meaning.mask is None:
             why = f"{found.code}: {found.text}"
-            meaning = replace(below.meaning, mask=mask, why_dense=why)
-            return replace(below, meaning=meaning, mask_is_inverted=is_inverted)
+            meaning = peeled.over(below.meaning, why, is_safe=site.is_safe)
+            return replace(below, meaning=meaning, mask_is_inverted=peeled.is_inverted)
     return Reject(found.code, found.text, scores)
 
 
-def _may_stay(site: AttentionSite, why: Unproven | Unread, mask: fx.Node) -> bool:
+def _may_stay(site: AttentionSite, mask: fx.Node) -> bool:
     """Whether the op means the same by a dense mask."""
-    if why.code == "mask-may-hide-all" and dtype_of(mask) == torch.bool:
-        # A row that sees nothing is a mean in the model and zero in the op.
-        return False
     return not (site.is_folded and len(shape_of(mask)) == 3 and shape_of(mask)[0] != 1)
 
 
@@ -234,7 +237,8 @@ def _read(
         return Unread("not-scores", "the softmax is not over a product of queries and keys")
     if not _is_whole(values, atom, sizes):
         return Unread("not-scores", "the scores are moved or cut on their way to the softmax")
-    parts = read_scores(read_bits(values, element), atom)
+    conditions, bits = read_bits(values, element)
+    parts = read_scores(conditions, atom)
     if isinstance(parts, Unread):
         return parts
     if site.sinks is not None and parts.bias is not None:
@@ -246,8 +250,12 @@ def _read(
     if is_call(product, aten.baddbmm.default) and argument(product, "beta") != 0:
         return Unread("baddbmm-adds", "baddbmm adds its first operand to the scores")
     scaled = replace(site, scale=site.scale * parts.scale, softcap=parts.softcap)
-    candidate = Candidate(scores, product, sizes, parts.scale, parts.softcap)
-    return proven(graph, scaled, parts.visible, parts.bias, sizes, candidate, values)
+    candidate = Candidate(scores, product, sizes, parts.scale, parts.softcap, site.is_safe)
+    kept = scores
+    while is_call(kept, *CASTS):
+        kept = first(kept)
+    hidden = Hidden(parts.hidden, dtype_of(kept), site.is_safe)
+    return proven(graph, scaled, parts.visible, parts.bias, sizes, candidate, hidden, values, bits)
 
 
 def _is_whole(values: MaskValues, atom: ia.Read, sizes: Sizes) -> bool:

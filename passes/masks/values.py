@@ -4,9 +4,9 @@
 the axis variables a0, a1, ... Everything that is not arithmetic of indices, constants and bits is a
 `Read` of the node itself, so that reading never fails; nodes of the model proper end up as that.
 
-Two facts go beyond the ops' definitions. Constant buffers of the form "one value on one side of
-the diagonal, another on the other" are recognised by comparing every element. An integer input
-`[batch, sequence]` that is never embedded holds zeros and ones, as padding masks do.
+One fact goes beyond the ops' definitions: constant buffers of the form "one value on one side of
+the diagonal, another on the other" are recognised by comparing every element. What is read
+holds for every value of the inputs; `bits.py` is where one is assumed.
 """
 
 from __future__ import annotations
@@ -160,8 +160,9 @@ class MaskValues:
         condition = ia.less_equal(a_j, a_i if on_low else ia.add(a_i, ia.integer(-1)))
         return Grid(sizes, ia.choose(condition, ia.number(low.item()), ia.number(high.item())))
 
-    def is_bits(self, read: Expr) -> bool:
-        """An element of an integer input [batch, sequence] that is never embedded."""
+    def may_be_bits(self, read: Expr) -> bool:
+        """An element of an integer input [batch, sequence] that is never embedded: most likely a
+        padding mask, which holds zeros and ones."""
         if not isinstance(read, ia.Read) or read.kind != "int" or len(read.indices) != 2:
             return False
         node = self.named(read.tensor)
@@ -197,7 +198,8 @@ def as_kind(values: MaskValues, e: Expr, wanted: str, dtype: torch.dtype) -> Exp
         return ia.Call("ne", (e, ia.real(0.0)))
     if wanted == "float" and dtype in _EXACT:
         return ia.Call("float", (e,))
-    return None
+    # Few bits hold small integers: of use where the element is known to be one.
+    return ia.Call("narrow", (e,)) if wanted == "float" and isinstance(e, ia.Read) else None
 
 
 def _rounds(e: Expr, dtype: torch.dtype) -> bool:
