@@ -30,6 +30,12 @@ from graphopt.passes.cache.row_shape_rules import TAKES_SIZES
 
 aten = torch.ops.aten
 _OPERANDS = ("q_BHSD", "k_BGTD", "v_BGTE", "mask", "pad_BT", "sinks_H")
+_COMPARES = (
+    *(getattr(aten, name).Scalar for name in ("eq", "ne", "lt", "le", "gt", "ge")),
+    aten.logical_not.default,
+    aten.bitwise_not.default,
+)
+_LEADS_ON = (*CASTS, *_COMPARES, aten.unsqueeze.default, aten.squeeze.dims)
 _SIZE_READS = (aten.sym_size.int, aten.sym_numel.default)
 
 
@@ -93,8 +99,9 @@ def _check_number(node: fx.Node) -> None:
 
 
 def padding_nodes(graph: Graph, tokens: fx.Node) -> frozenset[fx.Node]:
-    """Inputs whose only use is the padding operand of attention, directly or through a cast, and
-    those casts. A serving step has no padding, so they fall away."""
+    """Inputs whose only use is the padding operand of attention, directly or through casts and one
+    comparison with a number, and what leads there. A serving step has no padding, so they fall
+    away: whatever value says that a token is seen, all are."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         is_padding_input = (
@@ -102,8 +109,9 @@ def padding_nodes(graph: Graph, tokens: fx.Node) -> frozenset[fx.Node]:
             and node is not tokens
             and list(map(str, shape_of(node))) == list(map(str, shape_of(tokens)))
             and _only_pads(node)
+            and len(_compared(node)) <= 1
         )
-        if is_padding_input or (is_call(node, *CASTS) and node.args[0] in found):
+        if is_padding_input or (is_call(node, *_LEADS_ON) and node.args[0] in found):
             found.add(node)
     return frozenset(found)
 
@@ -122,4 +130,13 @@ def _is_padding_use(node: fx.Node, user: fx.Node) -> bool:
     if is_call(user, *_SIZE_READS, aten._assert_tensor_metadata.default):
         # The sizes of a serving step come from the tokens.
         return True
-    return is_call(user, *CASTS) and user.all_input_nodes == [node] and _only_pads(user)
+    return is_call(user, *_LEADS_ON) and user.all_input_nodes == [node] and _only_pads(user)
+
+
+def _compared(node: fx.Node) -> set[fx.Node]:
+    """Comparisons that an input leads to: two could not both say that all tokens are seen."""
+    found: set[fx.Node] = set()
+    for user in node.users:
+        if is_call(user, *_LEADS_ON):
+            found |= {user} if is_call(user, *_COMPARES) else _compared(user)
+    return found

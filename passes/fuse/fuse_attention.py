@@ -137,10 +137,16 @@ def _mask(builder: GraphBuilder, site: AttentionSite) -> fx.Node | None:
 def _padding(builder: GraphBuilder, parts: tuple[fx.Node, ...]) -> fx.Node | None:
     if not parts:
         return None
-    result = parts[0]
-    for part in parts[1:]:
+    result, *others = (_flat(builder, part) for part in parts)
+    for part in others:
         result = builder.emit(aten.logical_and.default, [result, part], like=[result, part])
     return result
+
+
+def _flat(builder: GraphBuilder, part: fx.Node) -> fx.Node:
+    """`[B, T]` of `[B, 1, 1, T]`."""
+    between = list(range(1, len(shape_of(part)) - 1))
+    return builder.emit(aten.squeeze.dims, [part, between], like=[part]) if between else part
 
 
 def _hooked(graph: Graph, node: fx.Node) -> AttentionSite:

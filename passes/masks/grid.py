@@ -113,7 +113,7 @@ def _agrees_at(
         for node in nodes:
             values[node] = _run(graph, node, values, symbols, generator, meaning.bits)
         last = values[candidate.last]
-        padding = [values[node].bool() for node in meaning.padding]
+        padding = [values[node].bool().flatten(1) for node in meaning.padding]
         aux = [values[node] for node in meaning.aux]
         mask = None if meaning.mask is None else values[meaning.mask]
     except (RuntimeError, KeyError, IndexError, TypeError):

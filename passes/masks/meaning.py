@@ -202,7 +202,7 @@ class _Meaning:
                     ahead = int(past.value) + 1
                     continue
             if ia.reads(part) and k in ia.variables(part) and ia.variables(part) <= {b, k}:
-                node = self._node_of(part, "bool", rank=2)
+                node = self._node_of(part, "bool", rank=2) or self._broadcast(part)
                 if node is not None:
                     padding.append(node)
                     continue
@@ -230,6 +230,14 @@ class _Meaning:
         return any(
             all(ia.substitute(p, {axis(3): key}) == ia.TRUE for p in other) for key in surely_seen
         )
+
+    def _broadcast(self, e: Expr) -> fx.Node | None:
+        """A boolean node of more axes, `[B, 1, 1, T]`, that holds a function of (batch, key)."""
+        node, one = self._node_of(e, "bool", rank=4), ia.integer(1)
+        sizes = () if node is None else self.values.of(node).sizes
+        between = len(sizes) > 2 and all(size == one for size in sizes[1:-1])
+        is_whole = between and (sizes[0], sizes[-1]) == (self.sizes[0], self.keys)
+        return node if is_whole and self.sizes[0] != one else None
 
     def _node_of(self, e: Expr, kind: str, rank: int) -> fx.Node | None:
         """A node that holds `e`: `[B, T]` for rank 2, broadcastable to `[B, H, S, T]` for 4."""
