@@ -101,7 +101,7 @@ def logarithm(value: float) -> float:
 def _log(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
     x = values.element(node.args[0], sizes)
     x = None if x is None else as_kind(values, x, "float", dtype_of(node))
-    if x is None or not all(map(values.is_bits, ia.reads(x))) or not ia.reads(x):
+    if x is None or not all(map(values.may_be_bits, ia.reads(x))) or not ia.reads(x):
         return None
 
     def of_leaf(leaf: Expr) -> Expr:
