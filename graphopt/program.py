@@ -165,7 +165,8 @@ class Program:
                     + did_you_mean(name, known)
                 )
         sequence = sequence_name(self._input_types)
-        shortest = None if sequence is None else lowest(self._limits, sequence)
+        limit = None if sequence is None else lowest(self._limits, sequence)
+        shortest = (1, "") if limit is None else (limit.number, limit.reason())
         return Engine(
             self.executable,
             self.tokenizer,
