@@ -6,12 +6,10 @@ two values that m may have hides everything, the expression is read as a conditi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from graphopt.passes.masks import algebra as ia
 from graphopt.passes.masks.algebra import Expr, Read
 from graphopt.passes.masks.arithmetic import float_leaf
-from graphopt.passes.masks.numbers import FOLDED, logarithm
+from graphopt.passes.masks.numbers import FOLDED, converted
 from graphopt.passes.masks.scores import shows_nothing
 from graphopt.passes.masks.values import MaskValues, axis
 
@@ -33,14 +31,8 @@ def with_value(e: Expr, read: Read, value: int) -> Expr:
             args[0], lambda x: ia.over_leaves(args[1], lambda y: float_leaf(e.op, x, y))
         )
     if e.op in ("float", "log"):
-        convert = float if e.op == "float" else logarithm
-        return ia.over_leaves(args[0], lambda x: _converted(e.op, convert, x))
+        return ia.over_leaves(args[0], lambda x: converted(e.op, x))
     return ia.rebuild(e.op, args)
-
-
-def _converted(op: str, convert: Callable[[float], float], x: Expr) -> Expr:
-    is_number = isinstance(x, ia.Num)
-    return ia.real(convert(float(x.value))) if is_number else ia.Call(op, (x,))
 
 
 def read_bits(values: MaskValues, element: Expr) -> Expr:
