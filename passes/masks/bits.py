@@ -8,12 +8,10 @@ Where m is compared only (`m == 0`, `m > 0`), nothing is assumed: a condition ho
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from graphopt.passes.masks import algebra as ia
 from graphopt.passes.masks.algebra import Expr, Read
 from graphopt.passes.masks.arithmetic import float_leaf
-from graphopt.passes.masks.numbers import FOLDED, logarithm
+from graphopt.passes.masks.numbers import CONVERSIONS, FOLDED, converted
 from graphopt.passes.masks.scores import shows_nothing
 from graphopt.passes.masks.values import MaskValues, axis
 
@@ -34,21 +32,9 @@ def with_value(e: Expr, read: Read, value: int) -> Expr:
         return ia.over_leaves(
             args[0], lambda x: ia.over_leaves(args[1], lambda y: float_leaf(e.op, x, y))
         )
-    if e.op in _CONVERSIONS:
-        return ia.over_leaves(args[0], lambda x: _converted(e.op, x))
+    if e.op in CONVERSIONS:
+        return ia.over_leaves(args[0], lambda x: converted(e.op, x))
     return ia.rebuild(e.op, args)
-
-
-_CONVERSIONS: dict[str, Callable[[float], float]] = {
-    "float": float,
-    "narrow": float,
-    "log": logarithm,
-}
-
-
-def _converted(op: str, x: Expr) -> Expr:
-    is_number = isinstance(x, ia.Num)
-    return ia.real(_CONVERSIONS[op](float(x.value))) if is_number else ia.Call(op, (x,))
 
 
 def read_bits(values: MaskValues, element: Expr) -> tuple[Expr, tuple[str, ...]]:
