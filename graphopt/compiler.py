@@ -145,6 +145,8 @@ def compile(
             serving_graph = None
             refusals = report.rejections(SERVING_PASS)
             refusal = refusals[-1] if refusals else None
+        made = (*graph.assumptions, *(serving_graph.assumptions if serving_graph else ()))
+        report.assumptions += map(str, made)
         check_counts(expected, graph, serving_graph, report)
         if activations == "int8" and not report.sites("quantize_activations"):
             report.note(_why_not_int8(report))

@@ -68,7 +68,7 @@ def explain(subject: Program | Graph | Report, *passes: str, dry_run: bool = Fal
             runs.append(PassRun(name, _stage(name), 0, ()))
     if chosen:
         runs.sort(key=lambda run: chosen.index(run.name))
-    return Explanation(tuple(runs))
+    return Explanation(tuple(runs), _assumptions(subject))
 
 
 def _records(
@@ -84,6 +84,12 @@ def _records(
     raise UnsupportedError(
         f"explain takes a Program, a Graph or a Report, not a {type(subject).__name__}"
     )
+
+
+def _assumptions(subject: Program | Graph | Report) -> tuple[str, ...]:
+    if isinstance(subject, Graph):
+        return tuple(map(str, subject.assumptions))
+    return tuple((subject.report if isinstance(subject, Program) else subject).assumptions)
 
 
 def _remedy(subject: Program | Graph | Report) -> str:

@@ -15,6 +15,8 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
+from graphopt.report import assumed
+
 Outcome = Literal["applied", "rejected", "limited", "absorbed", "matches"]
 
 
@@ -133,9 +135,13 @@ class PassRun:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What passes did with every candidate, or would do (`dry` of each run)."""
+    """What passes did with every candidate, or would do (`dry` of each run).
+
+    assumptions: what their rewrites took for granted of inputs, in words.
+    """
 
     runs: tuple[PassRun, ...]
+    assumptions: tuple[str, ...] = ()
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -166,7 +172,10 @@ class Explanation:
         chosen = list(runs)
         alone = len(chosen) == 1
         title = f"{self.title(chosen[0])}: {chosen[0].summary}" if alone else "candidates"
-        table = Table(title=Text(title), title_justify="left")
+        caption = assumed(self.assumptions)
+        table = Table(
+            title=Text(title), title_justify="left", caption=caption, caption_justify="left"
+        )
         for heading in ([] if alone else ["pass"]) + [
             "outcome",
             "count",
@@ -196,6 +205,7 @@ class Explanation:
                 where = "  ".join(filter(None, (row.op, row.layer, row.source)))
                 lines.append(f"  {row.count} {run.word(row.outcome)}  {where}")
                 lines += [f"      {line}" for line in (row.reason or row.change).splitlines()]
+        lines += [f"assumes: {line}" for line in self.assumptions]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -204,7 +214,7 @@ class Explanation:
         for run in self.runs:
             rows = [{**asdict(row), "count": row.count} for row in run.rows]
             runs.append({**asdict(run), "rows": rows, "summary": run.summary})
-        return {"runs": runs}
+        return {"runs": runs, "assumptions": list(self.assumptions)}
 
     def to_json(self) -> str:
         """`to_dict` as JSON text."""
@@ -213,7 +223,8 @@ class Explanation:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Explanation:
         """Back from `to_dict`. Raises KeyError or TypeError for anything else."""
-        return cls(tuple(_run(entry) for entry in data["runs"]))
+        runs = tuple(_run(entry) for entry in data["runs"])
+        return cls(runs, tuple(data.get("assumptions", ())))
 
 
 def _run(entry: Mapping[str, Any]) -> PassRun:

@@ -16,6 +16,7 @@ from graphopt.codegen.backend import ServingExecutable
 from graphopt.codegen.reference import ReferenceBackend
 from graphopt.errors import RequestError
 from graphopt.inputs import check_inputs, input_types, size_limits
+from graphopt.ir.assumptions import check_assumptions
 from graphopt.ir.graph import Graph
 from graphopt.ir.limits import fitting_size
 
@@ -108,6 +109,7 @@ def fitting(graph: Graph, inputs: Any) -> tuple[Tensor, ...]:
     if not is_sequence or len(inputs) != len(names):
         raise RequestError(f"inputs must be a list of one tensor for each of {names}")
     check_inputs(input_types(graph), inputs, size_limits(graph))
+    check_assumptions(graph.assumptions, names, inputs)
     return tuple(inputs)
 
 

@@ -24,6 +24,7 @@ from graphopt.codegen.backend import (
 )
 from graphopt.errors import RequestError, RowDependenceError, did_you_mean
 from graphopt.inputs import check_inputs, input_types, sequence_name, size_limits
+from graphopt.ir.assumptions import check_assumptions
 from graphopt.ir.graph import Graph, shape_of
 from graphopt.ir.limits import Limit, lowest
 from graphopt.oracle import whole_prompt_logits
@@ -131,11 +132,13 @@ class Program:
 
         Models with other inputs (a padding mask) take them in the captured order or by name.
         Raises RequestError when inputs are missing, unknown, of another dtype or shape than the
-        graph was captured for, or ids are out of range.
+        graph was captured for, when ids are out of range, and when values are not what a rewrite
+        assumed (`program.graph.assumptions`).
         """
         names = [spec.name for spec in self.graph.inputs]
         values = _bind(names, inputs, named)
         check_inputs(self._input_types, values, self._limits)
+        check_assumptions(self.graph.assumptions, names, values)
         try:
             if self._serving is not None and len(values) == 1:
                 (logits,) = self.graph.output_nodes
@@ -165,7 +168,8 @@ class Program:
                     + did_you_mean(name, known)
                 )
         sequence = sequence_name(self._input_types)
-        shortest = None if sequence is None else lowest(self._limits, sequence)
+        limit = None if sequence is None else lowest(self._limits, sequence)
+        shortest = (1, "") if limit is None else (limit.number, limit.reason())
         return Engine(
             self.executable,
             self.tokenizer,

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 LOGGER = logging.getLogger("graphopt")
 LIMIT = "limit"
@@ -130,7 +131,8 @@ class Report:
 
     disabled: passes that the user turned off. notes: what a user should know; model_notes: those of
     them that are about the model and its files, whatever machine compiles it. limits: the sizes
-    that the program takes, each with the line of the model that caused it.
+    that the program takes, each with the line of the model that caused it. assumptions: what
+    rewrites took for granted of inputs, in words; see `graphopt.ir.assumptions`.
     """
 
     passes: list[PassRecord] = field(default_factory=list)
@@ -140,6 +142,7 @@ class Report:
     disabled: list[str] = field(default_factory=list)
     model_notes: list[str] = field(default_factory=list)
     limits: list[str] = field(default_factory=list)
+    assumptions: list[str] = field(default_factory=list)
 
     def sites(self, pass_name: str) -> int:
         """Number of rewrites a pass applied, over all its runs."""
@@ -173,6 +176,7 @@ class Report:
             "disabled": list(self.disabled),
             "model_notes": list(self.model_notes),
             "limits": list(self.limits),
+            "assumptions": list(self.assumptions),
             "numerics": [asdict(change) for change in self.numerics],
             "passes": [
                 {
@@ -199,14 +203,16 @@ class Report:
             ],
             disabled=list(data["disabled"]),
             limits=list(data.get("limits", ())),
+            assumptions=list(data.get("assumptions", ())),
             numerics=[NumericChange(**change) for change in data.get("numerics", ())],
             notes=list(data.get("model_notes", ())),
             model_notes=list(data.get("model_notes", ())),
         )
 
     def table(self) -> Table:
-        """The table the CLI prints: pass, ms, sites, nodes before and after."""
-        table = Table(title="passes")
+        """The table the CLI prints: pass, ms, sites, nodes before and after, and below it what is
+        assumed."""
+        table = Table(title="passes", caption=assumed(self.assumptions))
         for heading in ("pass", "ms", "sites", "rejected", "nodes before", "nodes after"):
             table.add_column(heading, justify="left" if heading == "pass" else "right")
         for record in self.passes:
@@ -219,6 +225,12 @@ class Report:
                 str(record.nodes_after),
             )
         return table
+
+
+def assumed(assumptions: Sequence[str]) -> Text | None:
+    """The assumptions as lines below a table; None where there are none."""
+    # Text, since brackets are not markup.
+    return Text("\n".join(f"assumes: {line}" for line in assumptions)) if assumptions else None
 
 
 def grouped(rejections: Sequence[Rejection]) -> list[tuple[str, int]]:

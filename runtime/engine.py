@@ -17,7 +17,6 @@ from typing import Any
 
 from graphopt.codegen.backend import ServingExecutable
 from graphopt.errors import RequestError
-from graphopt.ir.limits import Limit
 from graphopt.runtime.blocks import BlockPool
 from graphopt.runtime.detokenizer import Detokenizer
 from graphopt.runtime.logits_processors import History
@@ -90,8 +89,8 @@ class Engine:
     """See the module docstring.
 
     tokenizer: needed for string prompts, text and stop texts. eos_token_ids: the model's end
-    tokens. defaults: settings of a request that comes without any. shortest: the limit that says
-    how long a prompt must be. block_size: tokens a cache block holds. num_blocks (one of them is
+    tokens. defaults: settings of a request that comes without any. shortest_prompt: least
+    number of tokens, and why. block_size: tokens a cache block holds. num_blocks (one of them is
     reserved) or kv_cache_bytes: size of the KV cache; with neither it holds 8192 tokens.
     max_tokens_per_step: longer prompts are computed in chunks. max_requests: requests that run at
     once; others wait.
@@ -105,7 +104,7 @@ class Engine:
         tokenizer: Any = None,
         eos_token_ids: Sequence[int] = (),
         defaults: SamplingParams | None = None,
-        shortest: Limit | None = None,
+        shortest_prompt: tuple[int, str] = (1, ""),
         *,
         block_size: int = 16,
         num_blocks: int | None = None,
@@ -113,7 +112,7 @@ class Engine:
         max_tokens_per_step: int = 512,
         max_requests: int = 64,
     ) -> None:
-        self.executable, self.tokenizer, self._shortest = executable, tokenizer, shortest
+        self.executable, self.tokenizer, self._shortest = executable, tokenizer, shortest_prompt
         self._eos = frozenset(eos_token_ids)
         self._defaults = SamplingParams() if defaults is None else defaults
         block_size = whole_number("block_size", block_size)
@@ -327,8 +326,9 @@ class Engine:
                 )
         if params.stop and self.tokenizer is None:
             raise RequestError("stop texts need a tokenizer; use stop_token_ids")
-        if self._shortest is not None and len(tokens) < self._shortest.number:
-            raise RequestError(f"the prompt has {len(tokens)} tokens; {self._shortest.reason()}")
+        shortest, reason = self._shortest
+        if len(tokens) < shortest:
+            raise RequestError(f"the prompt has {len(tokens)} tokens; {reason}")
         limit = self.executable.max_context
         if limit is not None and len(tokens) > limit:
             raise RequestError(f"the prompt has {len(tokens)} tokens, the program takes {limit}")

@@ -337,7 +337,8 @@ def paged(lowering: Lowering, node: fx.Node) -> bool:
     operands = [out, q, *others, *sink_views]
     steps: list[Any] = [shape_out[3:], [row_stride, head_stride]]
     attrs_i = (0, heads.mult // kv_heads, int(argument(node, "window")))
-    attrs_f = (float(argument(node, "scale")), float(argument(node, "softcap")))
+    floats = ("scale", "softcap", "least_peak", "most_peak")
+    attrs_f = tuple(float(argument(node, name)) for name in floats)
     dims = [rows, Extent(kv_heads), Extent(width), Extent(shape_out[2])]
     lowering.add(Op.OP_PAGED_ATTENTION, operands, dims, steps, attrs_i, attrs_f)
     return True

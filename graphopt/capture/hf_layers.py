@@ -145,6 +145,8 @@ class Layers:
                 raise NotRepresentedError(
                     f"{layer} asks for a sliding window of {asked.window}, but its mask has none"
                 )
+        has_weights = asked.own not in WITHOUT_WEIGHTS
+        may_hide_all = has_weights and (mask is not None or padding is not None)
         unmasked_causal = given is None and causal
         qkv = q_BHSD, k_BGTD, v_BGTE
         self.calls.append(asked.call(module, qkv, given, meaning, unmasked_causal))
@@ -159,8 +161,9 @@ class Layers:
             causal=causal,
             window=window,
             softcap=asked.softcap,
+            hidden=_eager_low(q_BHSD.dtype) if may_hide_all else "",
+            empty_is_nan=may_hide_all,
         )
-        has_weights = asked.own not in WITHOUT_WEIGHTS
         weights = weights_of(q_BHSD, k_BGTD) if has_weights else None
         return out_BHSE.transpose(1, 2).contiguous(), weights
 
@@ -239,6 +242,13 @@ def is_of_transformers(function: Function) -> bool:
     code = getattr(function, "__code__", None)
     folder = os.path.dirname(transformers.__file__) + os.sep
     return function in FLASH or (code is not None and code.co_filename.startswith(folder))
+
+
+def _eager_low(dtype: torch.dtype) -> str:
+    """What transformers' eager attention makes of a hidden score: it adds the type's lowest number
+    to it, where SDPA puts minus infinity."""
+    low = torch.finfo(dtype).min
+    return f"f16(s + {low!r})" if dtype == torch.float16 else repr(low)
 
 
 def _with_bias(mask: Tensor | None, bias: Tensor | None) -> Tensor | None:

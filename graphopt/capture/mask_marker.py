@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir.clean import remove_dead
-from graphopt.ir.graph import Graph, argument, is_call, where
+from graphopt.ir.graph import Graph, argument, is_call, shape_of, where
 from graphopt.ops import attention
 
 # torch leaves these methods untyped. The library is process-wide because torch's is.
@@ -89,24 +89,35 @@ def _is_padding_of(marker: fx.Node, user: fx.Node) -> bool:
     return [*user.args, *user.kwargs.values()].count(marker) == 1
 
 
+_VIEWS = (
+    *(aten.unsqueeze.default, aten.expand.default, aten.repeat.default, aten.view.default),
+    *(aten.select.int, aten.alias.default, aten.detach.default, aten.clone.default),
+    *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default),
+    aten.contiguous.default,
+)
+
+
 def _is_iota(node: Any) -> bool:
-    """Whether it is `arange(n)`, only viewed, repeated along other axes or shifted by zero."""
-    views = (
-        *(aten.unsqueeze.default, aten.expand.default, aten.view.default, aten.alias.default),
-        *(aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default),
-        *(aten.clone.default, aten.detach.default, aten.contiguous.default),
-    )
+    """Whether each row is `arange(n)`, perhaps shifted by a number or cut at its end: packed
+    sequences are told by the steps between positions, which are all one then."""
     while isinstance(node, fx.Node):
-        if is_call(node, aten.arange.default):
+        if is_call(node, aten.arange.default, aten.arange.start):
             return True
-        if is_call(node, aten.arange.start):
-            return bool(argument(node, "start") == 0)
         if is_call(node, aten.arange.start_step):
-            return bool(argument(node, "start") == 0 and argument(node, "step") == 1)
-        if is_call(node, aten.add.Tensor):
-            if argument(node, "other") != 0:
+            return bool(argument(node, "step") == 1)
+        if is_call(node, aten.add.Tensor, aten.sub.Tensor):
+            if not isinstance(argument(node, "other"), int):
                 return False
-        elif not is_call(node, *views):
+        elif is_call(node, aten.slice.Tensor):
+            if argument(node, "step") != 1:
+                return False
+        elif not is_call(node, *_VIEWS) or not _keeps_rows(node):
             return False
-        (node,) = node.all_input_nodes[:1]
+        node = node.all_input_nodes[0]
     return False
+
+
+def _keeps_rows(node: fx.Node) -> bool:
+    """Whether the last axis of a view is as long as that of what it views."""
+    before, after = shape_of(node.all_input_nodes[0]), shape_of(node)
+    return str(before[-1:]) == str(after[-1:])

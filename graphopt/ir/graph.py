@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from graphopt.ir.assumptions import Assumption
 from graphopt.ir.limits import Limit
 from graphopt.ir.names import weight_text
 from graphopt.ir.weights import PackedWeight
@@ -70,6 +71,8 @@ class Graph:
     notes: tuple[str, ...] = ()
     """What capture has to say about it: outputs that are None, attention taken as the model
     computes it. Copies keep it, the textual form does not."""
+    assumptions: tuple[Assumption, ...] = ()
+    """What rewrites took for granted of inputs, each once; see `graphopt.ir.assumptions`."""
 
     @property
     def fx_graph(self) -> fx.Graph:
@@ -120,7 +123,15 @@ class Graph:
             self.next_number,
             self.limits,
             self.notes,
+            self.assumptions,
         )
+
+    def assume(self, assumption: Assumption) -> None:
+        """Add an assumption, unless an earlier rewrite has made it."""
+        if (assumption.code, assumption.subject) not in {
+            (known.code, known.subject) for known in self.assumptions
+        }:
+            self.assumptions += (assumption,)
 
     def take_number(self) -> int:
         """A number that no call has, or had."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.errors import ProgramFormatError, UnsupportedError
+from graphopt.ir.assumptions import KINDS, Assumption, Code
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph, InputKind, InputSpec, graph_module
 from graphopt.ir.history import read_history
@@ -72,6 +73,10 @@ _CALL = re.compile(
     r"(?P<number>%\d+)\s*:\s*(?P<type>.+?)\s*=\s*(?P<op>[\w.]+)\s*\((?P<args>.*)\)"
     r"(?:\s*#(?P<layer>[^|]*)(?:\|(?P<source>[^|]*)(?:\|(?P<history>.*))?)?)?"
 )
+_ASSUME = re.compile(
+    r"assume\s+(?P<code>[\w-]+)\s+(?:%(?P<input>\w+)|(?P<text>\"(?:[^\"\\]|\\.)*\"))"
+    r"(?:\s*#(?P<layer>[^|]*)(?:\|(?P<source>[^|]*)(?:\|(?P<site>.*))?)?)?"
+)
 _TYPE = re.compile(r"(?P<dtype>\w+)\s*\[(?P<sizes>.*)\]")
 _GRAPH = re.compile(r"graph\s+(?P<name>\"(?:[^\"\\]|\\.)*\")\s+(?P<dialect>captured|serving)")
 WeightMaker = Callable[[str, torch.dtype, tuple[int, ...]], Tensor]
@@ -107,6 +112,7 @@ class _Parser:
             (_CALL, self._call),
             (_INPUT, self._input),
             (_WEIGHT, self._weights),
+            (_ASSUME, self._assume),
             (_GRAPH, self._header),
         ]
         is_begun = is_done = False
@@ -168,6 +174,19 @@ class _Parser:
             unknown = limit.names - set(self.fake.names.values())
             if unknown and self.graph.dialect == "captured":
                 raise self.fail(f"limit of {min(unknown)!r}, which is no size of an input")
+
+    def _assume(self, match: re.Match[str]) -> None:
+        code, subject = match["code"], match["input"]
+        if code not in KINDS:
+            raise self.fail(f"unknown assumption {code!r}; there are {', '.join(KINDS)}")
+        if subject is None:
+            subject = json.loads(match["text"])
+        is_input = subject in {spec.name for spec in self.graph.inputs}
+        if is_input != (KINDS[code].find is not None):
+            raise self.fail(f"assumption {code!r} cannot be made of {subject!r}")
+        layer, source, site = ((match[name] or "").strip() for name in ("layer", "source", "site"))
+        made = Assumption(cast(Code, code), subject, site, plain_name(layer), plain_name(source))
+        self.graph.assume(made)
 
     def _weights(self, match: re.Match[str]) -> None:
         if match["first"] is None:

@@ -4,6 +4,8 @@
     graph "tiny" captured
     limit sequence <= 24 branch  # model.py:12
     input %input_ids : i64[batch, sequence] user
+    input %mask : i64[batch, sequence] user
+    assume zeros-and-ones %mask  # layers.0 | model.py:7 | fuse_attention#0
     weight @embed.weight : f32[100, 64]
     %0 : size[sequence] = aten.sym_size.int(%input_ids, 1)  #  | model.py:3
     %1 : f32[batch, sequence, 64] = aten.embedding(@embed.weight, %input_ids)  # embed | ...
@@ -12,7 +14,8 @@
 A value keeps its number through all passes (a removed value takes its line with it, and no other
 line changes), inputs and weights keep their names. The comment is `layer | source | history`;
 history names the captured values that this one comes from, as 00_capture.gir numbers them, and the
-rewrites that made it; it is left out where it is the value itself. Weights that differ only in the
+rewrites that made it; it is left out where it is the value itself. An `assume` line says what a
+rewrite takes for granted of an input (`assumptions.py`). Weights that differ only in the
 number of their layer share a line (`@layers.{0-29}.norm.weight`). Nothing depends on FX node names
 or on the torch version. `parser.py` reads it back.
 
@@ -33,6 +36,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.errors import VerifyError
+from graphopt.ir.assumptions import Assumption
 from graphopt.ir.graph import Graph, op_name, value_name
 from graphopt.ir.history import write_history
 from graphopt.ir.names import comment_text, weight_text
@@ -74,12 +78,21 @@ class Printer:
                 self._numbers[node] = f"%{count}" if self.canonical else value_name(node)
                 body.append(self._line(node))
                 count += 1
+        lines += map(self._assumption, graph.assumptions)
         types = {
             weight_text(name): self.type(weights[name].meta["val"]) for name in sorted(weights)
         }
         lines += [f"weight @{name} : {kind}" for name, kind in _alike(types)]
         outputs = ", ".join(self._numbers[n] for n in graph.output_nodes)
         return "\n".join([*lines, *body, f"return {outputs}", ""])
+
+    def _assumption(self, made: Assumption) -> str:
+        is_input = made.subject in {spec.name for spec in self.graph.inputs}
+        subject = f"%{made.subject}" if is_input else json.dumps(made.subject)
+        line, layer = f"assume {made.code} {subject}", comment_text(made.layer)
+        if self.canonical:
+            return f"{line}  # {layer}" if layer else line
+        return f"{line}  # {layer} | {comment_text(made.source)} | {made.site}"
 
     def _line(self, node: fx.Node) -> str:
         arguments = [self.value(a) for a in node.args]

@@ -7,7 +7,13 @@ visible when every stated condition holds: causal (key <= query), window (key > 
 causal: also key < query + window), `pad_BT` true, `predicate`, and `mask` (bool: true = visible;
 float: added). `predicate` and `bias` are expressions of `graphopt.ops.predicate` over b, h, q, k
 and the tensors `aux`. `sinks_H` is one more logit per head that takes part in the softmax and has
-no value. A query that sees nothing gives zeros.
+no value.
+
+A hidden key's score is -inf, or the expression `hidden`, which may also name `s`, the score before
+mask and bias, and `mask`, the mask's own element: "-1e9" for a mask that is filled in, "s - 1e4"
+for one that is added. So a query that sees nothing gives what the model gives: a mean over all keys
+where they were filled alike, the plain softmax where all were moved alike. Where every score is
+-inf the result is zero, or nan if `empty_is_nan`, as of a softmax.
 
 The reference works on blocks of queries: without a dense mask its memory grows with the sequence,
 not with its square.
@@ -16,7 +22,7 @@ not with its square.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,24 +34,33 @@ from graphopt.ops.registry import Cost, define, nbytes
 SCHEMA = (
     "attention(Tensor q_BHSD, Tensor k_BGTD, Tensor v_BGTE, Tensor? mask=None, "
     "Tensor? pad_BT=None, Tensor? sinks_H=None, Tensor[]? aux=None, *, float scale, "
-    'bool causal=False, int window=0, float softcap=0.0, str predicate="", str bias="") -> Tensor'
+    'bool causal=False, int window=0, float softcap=0.0, str predicate="", str bias="", '
+    'str hidden="", bool empty_is_nan=False) -> Tensor'
 )
 BLOCK = 256
+NEGLIGIBLE = -1e30
+"""A key whose score becomes this or less weighs nothing beside one that is seen: scores of this
+size, which could tell, would leave float32 in the product already."""
 
 
-def masked_softmax(scores_BHST: Tensor, visible: Tensor | None, sinks_H: Tensor | None) -> Tensor:
-    """Softmax over the last axis; invisible keys get 0, rows without any visible key are 0."""
-    if visible is not None:
-        scores_BHST = scores_BHST.masked_fill(~visible, float("-inf"))
+def softmax(scores_BHST: Tensor, sinks_H: Tensor | None, empty_is_nan: bool) -> Tensor:
+    """Softmax over the last axis; rows of -inf alone are 0, or nan."""
     peak = scores_BHST.amax(-1, keepdim=True)
     if sinks_H is not None:
         peak = torch.maximum(peak, sinks_H.to(peak.dtype).view(1, -1, 1, 1))
-    peak = peak.masked_fill(peak == float("-inf"), 0.0)
+    if not empty_is_nan:
+        peak = peak.masked_fill(peak == float("-inf"), 0.0)
     weights = torch.exp(scores_BHST - peak)
     total = weights.sum(-1, keepdim=True)
     if sinks_H is not None:
         total = total + torch.exp(sinks_H.to(peak.dtype).view(1, -1, 1, 1) - peak)
     return weights / total.masked_fill(total == 0.0, 1.0)
+
+
+def scores(q_BHRD: Tensor, k_BHTD: Tensor, scale: float, softcap: float) -> Tensor:
+    """`[B, H, R, T]` before mask and bias, in the dtype of the keys."""
+    found_BHRT = q_BHRD.to(k_BHTD.dtype) @ k_BHTD.transpose(-1, -2) * scale
+    return softcap * torch.tanh(found_BHRT / softcap) if softcap else found_BHRT
 
 
 def reference(
@@ -63,24 +78,22 @@ def reference(
     softcap: float = 0.0,
     predicate: str = "",
     bias: str = "",
+    hidden: str = "",
+    empty_is_nan: bool = False,
 ) -> Tensor:
     """The definition, scores in float32 (float64 stays float64)."""
     b, h, queries, _d = q_BHSD.shape
     groups, keys = h // k_BGTD.shape[1], k_BGTD.shape[2]
     working = torch.promote_types(q_BHSD.dtype, torch.float32)
-    k_BHDT = k_BGTD.to(working).repeat_interleave(groups, 1).transpose(-1, -2)
     v_BHTE = v_BGTE.to(working).repeat_interleave(groups, 1)
-    masks = Masks((b, h, queries, keys), mask, pad_BT, aux or (), causal, window, predicate, bias)
+    k_BHTD = k_BGTD.to(working).repeat_interleave(groups, 1)
+    sizes = (b, h, queries, keys)
+    masks = Masks(sizes, mask, pad_BT, aux or (), causal, window, predicate, bias, hidden)
     out_BHSE = q_BHSD.new_empty((b, h, queries, v_BGTE.shape[-1]))
     for start in range(0, queries, BLOCK):
         rows = range(start, min(start + BLOCK, queries))
-        scores_BHRT = q_BHSD[:, :, rows.start : rows.stop].to(working) @ k_BHDT * scale
-        if softcap:
-            scores_BHRT = softcap * torch.tanh(scores_BHRT / softcap)
-        added, visible = masks.of(rows, q_BHSD.device)
-        if added is not None:
-            scores_BHRT = scores_BHRT + added
-        weights_BHRT = masked_softmax(scores_BHRT, visible, sinks_H)
+        scores_BHRT = scores(q_BHSD[:, :, rows.start : rows.stop], k_BHTD, scale, softcap)
+        weights_BHRT = softmax(masks.applied(scores_BHRT, rows), sinks_H, empty_is_nan)
         out_BHSE[:, :, rows.start : rows.stop] = weights_BHRT @ v_BHTE
     return out_BHSE
 
@@ -97,8 +110,46 @@ class Masks:
     window: int
     predicate: str
     bias: str
+    hidden: str
 
-    def of(self, rows: range, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    def applied(self, scores_BHRT: Tensor, rows: range) -> Tensor:
+        """What the softmax is taken of, for the scores of some queries."""
+        device, dtype = scores_BHRT.device, scores_BHRT.dtype
+        added, visible = self._of(rows, device, dtype)
+        if visible is None:
+            return scores_BHRT if added is None else scores_BHRT + added
+        moved_by = language.added_to("s", self.hidden)
+        names = {} if self.mask is None else {"mask": self._mask_of(rows)}
+        if moved_by is not None:
+            shift = self._value(moved_by, rows, device, dtype, names)
+            shown = torch.zeros((), dtype=dtype, device=device) if added is None else added
+            return scores_BHRT + torch.where(visible, shown, shift)
+        shown = scores_BHRT if added is None else scores_BHRT + added
+        if not self.hidden:
+            return shown.masked_fill(~visible, float("-inf"))
+        low = self._value(self.hidden, rows, device, dtype, {**names, "s": scores_BHRT})
+        return (
+            shown.masked_fill(~visible, low) if low.ndim == 0 else torch.where(visible, shown, low)
+        )
+
+    def _value(
+        self,
+        text: str,
+        rows: range,
+        device: torch.device,
+        dtype: torch.dtype,
+        names: Mapping[str, Tensor],
+    ) -> Tensor:
+        return language.evaluate(text, self.sizes, self.aux, rows, device, names).to(dtype)
+
+    def _mask_of(self, rows: range) -> Tensor:
+        assert self.mask is not None
+        is_by_row = self.mask.ndim >= 2 and self.mask.shape[-2] != 1
+        return self.mask[..., rows.start : rows.stop, :] if is_by_row else self.mask
+
+    def _of(
+        self, rows: range, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Tensor | None, Tensor | None]:
         """(added to the scores, visible) of some queries, broadcastable to `[B, H, R, T]`."""
         queries, keys = self.sizes[2:]
         i_R1 = torch.arange(rows.start, rows.stop, device=device)[:, None] + (keys - queries)
@@ -114,14 +165,12 @@ class Masks:
         if self.pad_BT is not None:
             visible.append(self.pad_BT.bool()[:, None, None, :])
         if self.mask is not None:
-            part = self.mask
-            if part.ndim >= 2 and part.shape[-2] != 1:
-                part = part[..., rows.start : rows.stop, :]
+            part = self._mask_of(rows)
             (visible if part.dtype == torch.bool else added).append(part)
         if self.predicate:
-            visible.append(language.evaluate(self.predicate, self.sizes, self.aux, rows, device))
+            visible.append(self._value(self.predicate, rows, device, torch.bool, {}))
         if self.bias:
-            added.append(language.evaluate(self.bias, self.sizes, self.aux, rows, device))
+            added.append(self._value(self.bias, rows, device, dtype, {}))
         return _combined(added, torch.add), _combined(visible, torch.logical_and)
 
 

@@ -3,20 +3,25 @@
 Rows of request r are `query_start[r] .. query_start[r+1]`; its context is `kv_lens[r]` tokens long,
 these rows included and already written, and lies in blocks `block_tables[r]`. Row i of it has
 position `kv_lens[r] - rows + i` and sees keys at its own position or before (within `window`).
+
+A model that hides keys by -10000 hides them only beside scores that are not as low: the highest
+score of every row must lie between `least_peak` and `most_peak` (both 0: anywhere).
 Source: vLLM's PagedAttention (Kwon et al. 2023, arXiv 2309.06180).
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from graphopt.errors import RequestError
 from graphopt.ops import attention
 from graphopt.ops.registry import Cost, define, nbytes
 
 SCHEMA = (
     "paged_attention(Tensor q_BHTD, Tensor k_cache, Tensor v_cache, Tensor block_tables, "
     "Tensor query_start, Tensor kv_lens, Tensor? sinks_H=None, *, float scale, int window=0, "
-    "float softcap=0.0) -> Tensor"
+    "float softcap=0.0, float least_peak=0.0, float most_peak=0.0) -> Tensor"
 )
 
 
@@ -32,8 +37,13 @@ def reference(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    least_peak: float = 0.0,
+    most_peak: float = 0.0,
 ) -> Tensor:
-    """Gather each request's context and call the dense reference."""
+    """Gather each request's context and call the dense reference.
+
+    Raises RequestError for a row whose highest score lies outside its bounds.
+    """
     heads, rows = q_BHTD.shape[1], q_BHTD.shape[2]
     out_BHTE = q_BHTD.new_empty((1, heads, rows, v_cache.shape[-1]))
     starts, lengths = query_start.tolist(), kv_lens.tolist()
@@ -43,6 +53,14 @@ def reference(
             storage[block_tables[request]].flatten(0, 1)[:length].transpose(0, 1)[None]
             for storage in (k_cache, v_cache)
         )
+        if least_peak < most_peak and last > first:
+            k_1HTD = k_1GTD.to(torch.float32).repeat_interleave(heads // k_1GTD.shape[1], 1)
+            found = attention.scores(q_BHTD[:, :, first:last], k_1HTD, scale, softcap)
+            sizes = (1, heads, last - first, length)
+            masks = attention.Masks(sizes, None, None, (), True, window, "", "", "")
+            peak = masks.applied(found, range(last - first)).amax(-1)
+            if bool(((peak < least_peak) | (peak > most_peak)).any()):
+                raise RequestError(peak_error(least_peak, most_peak))
         out_BHTE[:, :, first:last] = attention.reference(
             q_BHTD[:, :, first:last],
             k_1GTD,
@@ -54,6 +72,15 @@ def reference(
             softcap=softcap,
         )
     return out_BHTE
+
+
+def peak_error(least_peak: float, most_peak: float) -> str:
+    """What a row whose highest score lies outside its bounds is told."""
+    return (
+        f"a query's highest score lies outside {least_peak:g}..{most_peak:g}: beside it the number "
+        "by which this model hides later tokens does not hide them, so their keys would be needed; "
+        "compile with serving='off' to run the model as it is"
+    )
 
 
 def fake(q_BHTD: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object, **__: object) -> Tensor:

@@ -1,12 +1,15 @@
-"""The little language of the attention op's `predicate` and `bias` attributes.
+"""The little language of the attention op's `predicate`, `bias` and `hidden` attributes.
 
 Python expressions over these names, evaluated for every (batch, head, query, key):
 
     b h q k     indices; q is the query's position among the keys (row + T - S)
     S T         numbers of queries and of keys
     aux0 ...    tensors that the op is given, indexed: aux0[b, k]
+    inf         infinity
+    s mask      in `hidden` only: the score, and the mask's element
 
-with + - * / // %, comparisons, and or not, and the functions where(c, x, y), float(x), abs(x).
+with + - * / // %, comparisons, and or not, and the functions where(c, x, y), float(x), abs(x),
+min(x, y), max(x, y), and bf16(x) and f16(x), which round to that type.
 Anything else is a UnsupportedError: the text is never given to Python itself.
 """
 
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -39,14 +43,28 @@ _BINARY: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
 }
 
 
+def _tensor(value: Any) -> Tensor:
+    """A number in float64, so that the limits of every type stay what they are."""
+    dtype = torch.float64 if isinstance(value, float) else None
+    return torch.as_tensor(value, dtype=dtype)
+
+
 def _where(condition: Any, yes: Any, no: Any) -> Any:
-    return torch.where(torch.as_tensor(condition), torch.as_tensor(yes), torch.as_tensor(no))
+    return torch.where(torch.as_tensor(condition), _tensor(yes), _tensor(no))
+
+
+def _rounding(dtype: torch.dtype) -> Callable[[Any], Tensor]:
+    return lambda x: _tensor(x).to(dtype)
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "where": _where,
     "float": lambda x: torch.as_tensor(x).to(torch.float32),
     "abs": abs,
+    "min": lambda x, y: torch.minimum(_tensor(x), _tensor(y)),
+    "max": lambda x, y: torch.maximum(_tensor(x), _tensor(y)),
+    "bf16": _rounding(torch.bfloat16),
+    "f16": _rounding(torch.float16),
 }
 
 
@@ -59,13 +77,60 @@ def parse(text: str) -> ast.expr:
         raise UnsupportedError(f"predicate {text!r} is no expression: {error.msg}") from error
 
 
+def highest(text: str, name: str) -> tuple[float, bool] | None:
+    """The largest number that `text` may be, or that it adds to `name`, and whether it does; None
+    where this cannot be told."""
+    found = _highest(parse(text), name)
+    is_added = any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(parse(text)))
+    return None if found is None else (found, is_added)
+
+
+def _highest(node: ast.expr, name: str) -> float | None:
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+        return float(node.value)
+    if isinstance(node, ast.Name):
+        return {name: 0.0, "inf": math.inf}.get(node.id)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        is_number = isinstance(node.operand, ast.Constant) or ast.unparse(node.operand) == "inf"
+        low = _highest(node.operand, name) if is_number else None
+        return None if low is None else -low
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        parts = [_highest(side, name) for side in (node.left, node.right)]
+        return None if None in parts else sum(p for p in parts if p is not None)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        if node.func.id in ("bf16", "f16"):
+            return _highest(node.args[0], name)
+        if node.func.id == "where":
+            yes, no = (_highest(side, name) for side in node.args[1:])
+            return None if yes is None or no is None else max(yes, no)
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def added_to(name: str, text: str) -> str | None:
+    """x of `name + x`, where x does not hold the name; None of other texts."""
+    tree = parse(text) if text else None
+    if not isinstance(tree, ast.BinOp) or not isinstance(tree.op, (ast.Add, ast.Sub)):
+        return None
+    inner = [node.id for node in ast.walk(tree.right) if isinstance(node, ast.Name)]
+    if not isinstance(tree.left, ast.Name) or tree.left.id != name or name in inner:
+        return None
+    added = tree.right
+    return ast.unparse(ast.UnaryOp(ast.USub(), added) if isinstance(tree.op, ast.Sub) else added)
+
+
 def evaluate(
-    text: str, sizes: tuple[int, int, int, int], aux: Sequence[Tensor], rows: range, device: Any
+    text: str,
+    sizes: tuple[int, int, int, int],
+    aux: Sequence[Tensor],
+    rows: range,
+    device: Any,
+    more: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Values of `text`, broadcastable to `[B, H, len(rows), T]`.
 
-    sizes: B, H, S, T. rows: the queries wanted. Raises UnsupportedError for unknown names and
-    syntax.
+    sizes: B, H, S, T. rows: the queries wanted. more: further names. Raises UnsupportedError for
+    unknown names and syntax.
     """
     batch, heads, queries, keys = sizes
     first = rows.start + keys - queries
@@ -76,9 +141,11 @@ def evaluate(
         "k": torch.arange(keys, device=device),
         "S": queries,
         "T": keys,
+        "inf": math.inf,
+        **(more or {}),
         **{f"aux{i}": tensor for i, tensor in enumerate(aux)},
     }
-    return torch.as_tensor(_value(parse(text), names, text), device=device)
+    return _tensor(_value(parse(text), names, text)).to(device)
 
 
 def _value(node: ast.expr, names: Mapping[str, Any], text: str) -> Any:

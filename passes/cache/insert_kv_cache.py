@@ -31,6 +31,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from graphopt.ir.assumptions import Assumption
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph, InputSpec, argument, graph_module, is_call, shape_of
 from graphopt.ir.limits import Limit
@@ -38,7 +39,7 @@ from graphopt.ir.shapes import SymbolicInputs
 from graphopt.ops import attention, embedding_wq, kv_write, paged_attention
 from graphopt.passes.base import EXACT, Pass, Reject, Stage, Tier
 from graphopt.passes.cache.row_layout import Rows, RowsMixedError, Table
-from graphopt.passes.cache.row_rules import CASTS
+from graphopt.passes.cache.row_rules import CASTS, peak_bounds
 from graphopt.passes.cache.trace_rows import trace_rows
 from graphopt.passes.registry import register
 
@@ -210,6 +211,7 @@ class _Rebuild:
         self.builder.site = site
         self.inputs: dict[str, fx.Node] = {}
         self.caches: list[InputSpec] = []
+        self.assumed: list[Assumption] = []
         self.whole: dict[fx.Node, Any] = {}
         self.chosen: dict[fx.Node, Any] = {}
         self.picked: dict[fx.Node, Any] = {}
@@ -253,6 +255,8 @@ class _Rebuild:
         self.old.symbols = self.fake.names
         self.old.next_number = self.graph.next_number
         self.old.dialect = "serving"
+        # Those of the forward are of inputs that a step has not.
+        self.old.assumptions = tuple(self.assumed)
 
     def _flat(self, logits: fx.Node) -> fx.Node:
         """The logits as `[L, V]`."""
@@ -282,13 +286,24 @@ class _Rebuild:
         sinks = argument(node, "sinks_H")
         write = [k_cache, v_cache, k, v, self.inputs["slots"]]
         self.builder.emit(kv_write.SPEC.overload, write, like=[node])
+        attributes = {name: argument(node, name) for name in ("scale", "window", "softcap")}
+        bounds = peak_bounds(node)
+        if bounds is not None and bounds != (0.0, 0.0):
+            attributes |= {"least_peak": bounds[0], "most_peak": bounds[1]}
+            self._assume(str(argument(node, "hidden")), node)
         step = [self.inputs[name] for name in ("block_tables", "query_start", "kv_lens")]
         return self.builder.emit(
             paged_attention.SPEC.overload,
             [q, k_cache, v_cache, *step, None if sinks is None else self.whole[sinks]],
-            {name: argument(node, name) for name in ("scale", "window", "softcap")},
+            attributes,
             like=[node],
         )
+
+    def _assume(self, hidden: str, node: fx.Node) -> None:
+        if hidden not in {known.subject for known in self.assumed}:
+            layer, source = node.meta["layer"], node.meta["source"]
+            site = self.builder.site
+            self.assumed.append(Assumption("hidden-weighs-nothing", hidden, site, layer, source))
 
     def _size(self, node: fx.Node, operand: Callable[[fx.Node], Any], count: fx.Node) -> Any:
         """A size of the old graph: batch is 1, the sequence is the number of rows."""

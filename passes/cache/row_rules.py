@@ -12,13 +12,15 @@ without a rule is taken apart by `row_parts.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import fx
 
 from graphopt.ir.graph import argument, is_call, shape_of, tensor_inputs
-from graphopt.ops import attention, layer_norm, rms_norm, rope
+from graphopt.ops import attention, layer_norm, predicate, rms_norm, rope
+from graphopt.ops.attention import NEGLIGIBLE
 from graphopt.ops.registry import is_impure
 from graphopt.passes.cache.row_index_rules import INDEX_RULES
 from graphopt.passes.cache.row_layout import (
@@ -152,9 +154,34 @@ def _attention(rows: Rows, node: fx.Node) -> Axis:
             "has a padding mask that is not an input of its own: a step has no padding, and "
             "dropping this mask would change the result",
         )
+    if peak_bounds(node) is None:
+        raise mixed(node, "hides keys by numbers that have no bound, so later tokens may be seen")
     if not rows.is_constant(argument(node, "sinks_H")):
         raise mixed(node, "has sinks that depend on the tokens")
     return 2
+
+
+_NO_WEIGHT = 104.0
+"""exp of less than minus this is zero in float32."""
+
+
+def peak_bounds(node: fx.Node) -> tuple[float, float] | None:
+    """Between which the highest score of a row of causal attention must lie for hidden keys to
+    weigh nothing; (0, 0) where they never do, None where it cannot be told.
+
+    A number that is filled in must lie below the highest score. Where one is added, the hidden
+    scores are not known; they are taken to be no higher than all of the others may be.
+    """
+    hidden, softcap = str(argument(node, "hidden")), float(argument(node, "softcap"))
+    found = (-math.inf, False) if not hidden else predicate.highest(hidden, "s")
+    if found is None:
+        return None
+    low, is_added = found
+    if low <= NEGLIGIBLE or (softcap and low < -2 * softcap - _NO_WEIGHT):
+        return 0.0, 0.0
+    if is_added:
+        return (low + _NO_WEIGHT) / 2, -(low + _NO_WEIGHT) / 2
+    return low + _NO_WEIGHT, -NEGLIGIBLE
 
 
 def _is_all_true(mask: fx.Node) -> bool:

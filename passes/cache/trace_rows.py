@@ -33,6 +33,13 @@ from graphopt.passes.cache.row_rules import CASTS, RULES, pointwise
 from graphopt.passes.cache.row_shape_rules import TAKES_SIZES, reshape
 
 aten = torch.ops.aten
+_OPERANDS = ("q_BHSD", "k_BGTD", "v_BGTE", "mask", "pad_BT", "sinks_H")
+_COMPARES = (
+    *(getattr(aten, name).Scalar for name in ("eq", "ne", "lt", "le", "gt", "ge")),
+    aten.logical_not.default,
+    aten.bitwise_not.default,
+)
+_LEADS_ON = (*CASTS, *_COMPARES, aten.unsqueeze.default, aten.squeeze.dims)
 _SIZE_READS = (aten.sym_size.int, aten.sym_numel.default)
 
 
@@ -115,8 +122,9 @@ def _check_number(node: fx.Node) -> None:
 
 
 def padding_nodes(graph: Graph, tokens: fx.Node) -> frozenset[fx.Node]:
-    """Inputs whose only use is the padding operand of attention, directly or through a cast, and
-    those casts. A serving step has no padding, so they fall away."""
+    """Inputs whose only use is the padding operand of attention, directly or through casts and one
+    comparison with a number, and what leads there. A serving step has no padding, so they fall
+    away: whatever value says that a token is seen, all are."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         is_padding_input = (
@@ -124,8 +132,9 @@ def padding_nodes(graph: Graph, tokens: fx.Node) -> frozenset[fx.Node]:
             and node is not tokens
             and list(map(str, shape_of(node))) == list(map(str, shape_of(tokens)))
             and _only_pads(node)
+            and len(_compared(node)) <= 1
         )
-        if is_padding_input or (is_call(node, *CASTS) and node.args[0] in found):
+        if is_padding_input or (is_call(node, *_LEADS_ON) and node.args[0] in found):
             found.add(node)
     return frozenset(found)
 
@@ -136,10 +145,21 @@ def _only_pads(node: fx.Node) -> bool:
 
 def _is_padding_use(node: fx.Node, user: fx.Node) -> bool:
     if user.target is attention.SPEC.overload:
-        uses = list(user.args) + list(user.kwargs.values())
-        flat = [n for use in uses for n in (use if isinstance(use, (list, tuple)) else [use])]
-        return flat.count(node) == 1 and argument(user, "pad_BT") is node
+        # Tensors beside the operands are read to hide keys, which a step does not do.
+        is_tensor_beside = argument(user, "predicate") or argument(user, "bias")
+        others = list(argument(user, "aux") or ()) if is_tensor_beside else []
+        uses = [argument(user, name) for name in _OPERANDS] + others
+        return uses.count(node) == 1 and argument(user, "pad_BT") is node
     if is_call(user, *_SIZE_READS, aten._assert_tensor_metadata.default):
         # The sizes of a serving step come from the tokens.
         return True
-    return is_call(user, *CASTS) and user.all_input_nodes == [node] and _only_pads(user)
+    return is_call(user, *_LEADS_ON) and user.all_input_nodes == [node] and _only_pads(user)
+
+
+def _compared(node: fx.Node) -> set[fx.Node]:
+    """Comparisons that an input leads to: two could not both say that all tokens are seen."""
+    found: set[fx.Node] = set()
+    for user in node.users:
+        if is_call(user, *_LEADS_ON):
+            found |= {user} if is_call(user, *_COMPARES) else _compared(user)
+    return found

@@ -47,10 +47,11 @@ def emit_residue(builder: GraphBuilder, product: fx.Node, scores: fx.Node) -> fx
     """The scores without the product."""
     sizes: list[int | fx.Node] = []
     for size in shape_of(product):
-        found = _source(product, size)
+        found: int | tuple[fx.Node, int] | fx.Node | None = _source(product, size)
         assert found is not None
-        is_fixed = isinstance(found, int)
-        sizes.append(found if is_fixed else builder.emit(aten.sym_size.int, found, like=[product]))
+        if isinstance(found, tuple):
+            found = builder.emit(aten.sym_size.int, found, like=[product])
+        sizes.append(found)
     operand = next(node for node in product.all_input_nodes if is_tensor(node))
     zero = builder.emit(aten.new_zeros.default, [operand, sizes], like=[product])
     if adds(product):
@@ -65,7 +66,7 @@ def emit_residue(builder: GraphBuilder, product: fx.Node, scores: fx.Node) -> fx
     return copies[scores]
 
 
-def _source(product: fx.Node, size: int | torch.SymInt) -> int | list[fx.Node | int] | None:
+def _source(product: fx.Node, size: int | torch.SymInt) -> int | tuple[fx.Node, int] | None:
     """A number, or the operand and axis whose size it is."""
     if isinstance(size, int):
         return size
@@ -73,5 +74,5 @@ def _source(product: fx.Node, size: int | torch.SymInt) -> int | list[fx.Node | 
         if is_tensor(node):
             for axis, own in enumerate(shape_of(node)):
                 if str(own) == str(size):
-                    return [node, axis]
+                    return node, axis
     return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from graphopt.ir.graph import Graph, argument, dtype_of, op_name, shape_of
+from graphopt.ir.graph import Graph, argument, dtype_of, is_call, op_name, shape_of
 from graphopt.passes.base import Reject
 from graphopt.passes.fuse.attention_folds import unfolded
 from graphopt.passes.fuse.attention_operands import (
@@ -19,24 +19,25 @@ from graphopt.passes.fuse.attention_operands import (
     unrepeated,
     unscaled,
 )
+from graphopt.passes.fuse.attention_outer_mask import outer_mask
 from graphopt.passes.fuse.attention_residue import can_emit
 from graphopt.passes.fuse.attention_walk import (
     Down,
     leads_to,
-    outer_mask,
     products_below,
     read_sinks,
     used_elsewhere,
     walk_down,
     without_row_maximum,
 )
+from graphopt.passes.fuse.walk import CASTS
 from graphopt.passes.masks import algebra as ia
 from graphopt.passes.masks.algebra import Expr
 from graphopt.passes.masks.bits import read_bits
 from graphopt.passes.masks.grid import Candidate, agrees
-from graphopt.passes.masks.meaning import MaskMeaning, Unproven, read_meaning, reader
+from graphopt.passes.masks.meaning import Hidden, MaskMeaning, Unproven, read_meaning, reader
 from graphopt.passes.masks.reshapes import bounded, limits
-from graphopt.passes.masks.scores import Factor, Unread, keeps_rows, read_scores
+from graphopt.passes.masks.scores import Factor, Unread, adds, read_scores
 from graphopt.passes.masks.values import MaskValues, axis, size_expr
 
 aten = torch.ops.aten
@@ -49,7 +50,7 @@ class AttentionSite:
     result is `[B * H, S, E]` of four axes. is_flat: operands and result have three axes.
     mask_is_inverted: the dense mask hides where true. factor: op and node of what multiplies or
     divides the queries. residue: product and scores, where the dense mask is what the model adds
-    to scores of zero."""
+    to scores of zero. is_safe: rows of -inf alone give zeros."""
 
     last: fx.Node
     q: Operand
@@ -65,13 +66,14 @@ class AttentionSite:
     mask_is_inverted: bool = False
     factor: tuple[str, fx.Node] | None = None
     residue: tuple[fx.Node, fx.Node] | None = None
+    is_safe: bool = False
 
     @property
     def head_axis(self) -> int:
         """Where three axes get a fourth: heads apart, or heads of one batch where masks tell the
         first axis apart."""
         meaning = self.meaning
-        is_padded = meaning.padding or meaning.hidden
+        is_padded = meaning.padding or meaning.hiding
         is_masked = meaning.mask or is_padded or meaning.predicate or meaning.bias
         return 0 if is_masked or self.sinks or self.residue else 1
 
@@ -93,12 +95,15 @@ def proven(
     bias: Expr | None,
     sizes: Sizes,
     candidate: Candidate | None,
+    hidden: Hidden,
     values: MaskValues | None = None,
+    bits: tuple[str, ...] = (),
 ) -> AttentionSite | Unproven:
-    """The site with the meaning of a mask, proven and tested."""
-    meaning = read_meaning(values or reader(graph), visible, bias, mask_sizes(sizes))
+    """The site with the meaning of a mask, proven and tested; bits: of `read_bits`."""
+    meaning = read_meaning(values or reader(graph), visible, bias, hidden, mask_sizes(sizes))
     if isinstance(meaning, Unproven):
         return meaning
+    meaning = replace(meaning, bits=bits)
     if candidate is not None and not agrees(graph, candidate, meaning):
         return Unproven("mask-check-failed", "the mask computes something else on a small grid")
     return replace(site, meaning=meaning)
@@ -145,12 +150,15 @@ def _around(
     if used is not None:
         text = f"the scores are also used by {op_name(used)}"
         return Reject("scores-used", text, used, "use the scores for nothing but the softmax")
-    return _site(graph, values, down, scores, product, sinks)
+    site = _site(graph, down, scores, product, sinks)
+    if isinstance(site, Reject):
+        return site
+    site = replace(site, is_safe=is_call(softmax, aten._safe_softmax.default))
+    return _masked(graph, values, site, scores, product)
 
 
 def _site(
     graph: Graph,
-    values: MaskValues,
     down: Down,
     scores: fx.Node,
     product: fx.Node,
@@ -189,10 +197,9 @@ def _site(
     if len(dtypes) != 1:
         text = f"queries, keys, values and result have dtypes {sorted(map(str, dtypes))}"
         return Reject("dtype-mix", text, down.last, "use one dtype")
-    site = AttentionSite(
+    return AttentionSite(
         down.last, q, k, v, scale, 0.0, sinks, MaskMeaning(), down.order, is_folded, is_flat
     )
-    return _masked(graph, values, site, scores, product)
 
 
 def unfitting(q: Operand, k: Operand, v: Operand, scores: fx.Node, last: fx.Node) -> Reject | None:
@@ -232,21 +239,17 @@ def _masked(
     else:
         why = f"{found.code}: {found.text}"
     peeled = outer_mask(scores, product)
-    if peeled is not None and _may_stay(site, why, peeled[1]):
-        inner, mask, is_inverted = peeled
-        below = _read(graph, values, site, inner, product)
+    if peeled is not None and _may_stay(site, peeled.mask):
+        below = _read(graph, values, site, peeled.inner, product)
         is_plain = isinstance(below, AttentionSite) and below.residue is None
         if is_plain and isinstance(below, AttentionSite) and below.meaning.mask is None:
-            meaning = replace(below.meaning, mask=mask, why_dense=why)
-            return replace(below, meaning=meaning, mask_is_inverted=is_inverted)
+            meaning = peeled.over(below.meaning, why, is_safe=site.is_safe)
+            return replace(below, meaning=meaning, mask_is_inverted=peeled.is_inverted)
     return found if isinstance(found, AttentionSite) else Reject(found.code, found.text, scores)
 
 
-def _may_stay(site: AttentionSite, why: str, mask: fx.Node) -> bool:
+def _may_stay(site: AttentionSite, mask: fx.Node) -> bool:
     """Whether the op means the same by a dense mask."""
-    if why.startswith("mask-may-hide-all") and dtype_of(mask) == torch.bool:
-        # A row that sees nothing is a mean in the model and zero in the op.
-        return False
     return not (site.is_folded and len(shape_of(mask)) == 3 and shape_of(mask)[0] != 1)
 
 
@@ -333,8 +336,8 @@ def _read(
     found = _element(values, site, scores, product)
     if isinstance(found, Unread):
         return found
-    element = read_bits(values, found.element)
-    parts = read_scores(element, found.product)
+    conditions, bits = read_bits(values, found.element)
+    parts = read_scores(conditions, found.product)
     if isinstance(parts, Unread):
         return parts
     if site.sinks is not None and parts.bias is not None:
@@ -349,16 +352,21 @@ def _read(
         return Unread("scale-by-data", "the scores are scaled by what is no factor of the queries")
     scaled = replace(site, scale=site.scale * parts.scale, softcap=parts.softcap, factor=factor)
     like = _four(scores, found.sizes)
-    candidate = Candidate(scores, product, like, parts.scale, parts.softcap, factor)
-    meaning = read_meaning(values, parts.visible, parts.bias, found.sizes)
+    candidate = Candidate(scores, product, like, parts.scale, parts.softcap, site.is_safe, factor)
+    kept = scores
+    while is_call(kept, *CASTS):
+        kept = first(kept)
+    hidden = Hidden(parts.hidden, dtype_of(kept), site.is_safe)
+    meaning = read_meaning(values, parts.visible, parts.bias, hidden, found.sizes)
     if isinstance(meaning, Unproven):
-        may_stay = keeps_rows(element) or meaning.code != "mask-may-hide-all"
-        if site.sinks is not None or not may_stay or not can_emit(product):
+        if site.sinks is not None or not adds(conditions) or not can_emit(product):
             return meaning
         candidate = replace(candidate, residue=True)
         why = f"{meaning.code}: {meaning.text}"
         scaled = replace(scaled, residue=(product, scores))
-        meaning = MaskMeaning(why_dense=why)
+        meaning = MaskMeaning(why_dense=why, empty_is_nan=not site.is_safe)
+    else:
+        meaning = replace(meaning, bits=bits)
     if not agrees(graph, candidate, meaning):
         return Unproven("mask-check-failed", "the mask computes something else on a small grid")
     return replace(scaled, meaning=meaning)

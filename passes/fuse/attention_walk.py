@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from graphopt.ir.graph import Graph, argument, dtype_of, is_call, op_name, shape_of
+from graphopt.ir.graph import Graph, argument, is_call, op_name, shape_of
 from graphopt.passes.base import Reject
 from graphopt.passes.fuse.attention_operands import (
     COPIES,
@@ -22,7 +22,6 @@ from graphopt.passes.fuse.attention_operands import (
 )
 from graphopt.passes.fuse.walk import CASTS
 from graphopt.passes.masks import algebra as ia
-from graphopt.passes.masks.scores import HIDDEN
 from graphopt.passes.masks.values import MaskValues, axis, size_expr
 
 aten = torch.ops.aten
@@ -173,41 +172,3 @@ def used_elsewhere(product: fx.Node, softmax: fx.Node) -> fx.Node | None:
             ):
                 return user
     return None
-
-
-def outer_mask(scores: fx.Node, product: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
-    """(inner scores, mask, hides where true) of the outermost masking op."""
-    node = scores
-    while is_call(node, *CASTS):
-        node = first(node)
-    if is_call(node, aten.add.Tensor) and argument(node, "alpha") == 1:
-        a, b = node.args[:2]
-        for inner, mask in ((a, b), (b, a)):
-            if is_tensor(inner) and is_tensor(mask):
-                assert isinstance(inner, fx.Node)
-                assert isinstance(mask, fx.Node)
-                is_mask = not _depends(mask, product) and dtype_of(mask).is_floating_point
-                if is_mask and _depends(inner, product):
-                    return inner, mask, False
-    if is_call(node, aten.masked_fill.Scalar) and argument(node, "value") <= HIDDEN:
-        mask = node.args[1]
-        assert isinstance(mask, fx.Node)
-        return first(node), mask, True
-    if is_call(node, aten.where.ScalarOther) and argument(node, "other") <= HIDDEN:
-        inner = node.args[1]
-        assert isinstance(inner, fx.Node)
-        return inner, first(node), False
-    return None
-
-
-def _depends(node: fx.Node, product: fx.Node) -> bool:
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current is product:
-            return True
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    return False

@@ -24,6 +24,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from graphopt.ir.assumptions import Assumption
 from graphopt.ir.builder import GraphBuilder, replace
 from graphopt.ir.graph import Graph, argument, is_call, shape_of
 from graphopt.ops import attention
@@ -42,7 +43,7 @@ from graphopt.passes.fuse.softmax_lookalikes import is_lookalike, refused
 from graphopt.passes.masks import algebra as ia
 from graphopt.passes.masks.bits import read_bits
 from graphopt.passes.masks.grid import Candidate
-from graphopt.passes.masks.meaning import MaskMeaning, reader
+from graphopt.passes.masks.meaning import Hidden, MaskMeaning, reader
 from graphopt.passes.masks.scores import read_additive
 from graphopt.passes.masks.values import axis
 from graphopt.passes.registry import register
@@ -112,6 +113,8 @@ class FuseAttention(Pass[AttentionSite]):
                     "softcap": bound.softcap,
                     **({"predicate": meaning.predicate} if meaning.predicate else {}),
                     **({"bias": meaning.bias} if meaning.bias else {}),
+                    **({"hidden": meaning.hidden} if meaning.hidden else {}),
+                    **({"empty_is_nan": True} if meaning.empty_is_nan else {}),
                 },
                 like=[bound.last, *operands],
             )
@@ -123,6 +126,10 @@ class FuseAttention(Pass[AttentionSite]):
             elif bound.is_flat:
                 new = builder.emit(aten.squeeze.dim, [new, bound.head_axis], like=[new])
         new.meta["layer"] = bound.last.meta["layer"]
+        for name in meaning.bits:
+            layer, source = (new.meta[key] for key in ("layer", "source"))
+            made = Assumption("zeros-and-ones", name, builder.site, layer, source)
+            builder.graph.assume(made)
         replace(builder.graph, bound.last, new)
 
 
@@ -147,14 +154,20 @@ def _padding(builder: GraphBuilder, meaning: MaskMeaning) -> fx.Node | None:
     no = aten.logical_not.default
     parts = [
         *meaning.padding,
-        *(builder.emit(no, [node], like=[node]) for node in meaning.hidden),
+        *(builder.emit(no, [node], like=[node]) for node in meaning.hiding),
     ]
     if not parts:
         return None
-    result = parts[0]
-    for part in parts[1:]:
+    result, *others = (_flat(builder, part) for part in parts)
+    for part in others:
         result = builder.emit(aten.logical_and.default, [result, part], like=[result, part])
     return result
+
+
+def _flat(builder: GraphBuilder, part: fx.Node) -> fx.Node:
+    """`[B, T]` of `[B, 1, 1, T]`."""
+    between = list(range(1, len(shape_of(part)) - 1))
+    return builder.emit(aten.squeeze.dims, [part, between], like=[part]) if between else part
 
 
 def _hooked(graph: Graph, node: fx.Node) -> AttentionSite:
@@ -172,6 +185,8 @@ def _hooked(graph: Graph, node: fx.Node) -> AttentionSite:
         tuple(argument(node, "aux") or ()),
         mask,
         "" if mask is None else "mask-not-proven: transformers' own mask",
+        str(argument(node, "hidden")),
+        bool(argument(node, "empty_is_nan")),
     )
     scale, softcap = float(argument(node, "scale")), float(argument(node, "softcap"))
     sink = None if sinks is None else Operand(sinks)
@@ -188,12 +203,16 @@ def _hooked(graph: Graph, node: fx.Node) -> AttentionSite:
             given.causal or alone.causal,
             given.window or alone.window,
             (*given.padding, *alone.padding),
-            alone.hidden,
+            alone.hiding,
             alone.predicate,
             alone.bias,
             alone.aux,
             alone.mask,
             alone.why_dense,
+            given.hidden or alone.hidden,
+            given.empty_is_nan or alone.empty_is_nan,
+            alone.low,
+            alone.bits,
         ),
     )
 
@@ -238,7 +257,8 @@ def _sdpa(graph: Graph, node: fx.Node) -> AttentionSite | Reject:
     sizes = (*shape_of(q)[:-1], shape_of(k)[-2])
     if argument(node, "is_causal"):
         visible = ia.less_equal(axis(3), axis(2))
-        found = proven(graph, site, visible, None, sizes, None)
+        hidden = Hidden(ia.real(float("-inf")), is_safe=True)
+        found = proven(graph, site, visible, None, sizes, None, hidden)
         if isinstance(found, AttentionSite):
             return found
         text = f"is_causal with more queries than keys: {found.text}"
@@ -258,11 +278,13 @@ def _with_mask(
     element = values.element(mask, mask_sizes(sizes))
     if element is None:
         return site.dense(mask, "mask-shape: the mask has more axes than the scores")
-    visible, bias = read_additive(read_bits(values, element))
+    conditions, bits = read_bits(values, element)
+    visible, bias, low = read_additive(conditions)
     if site.sinks is not None and bias is not None:
         return site.dense(mask, "bias-and-sinks: a bias that the sinks do not get")
-    candidate = Candidate(mask, None, sizes, site.scale, site.softcap)
-    found = proven(graph, site, visible, bias, sizes, candidate, values)
+    candidate = Candidate(mask, None, sizes, site.scale, site.softcap, is_safe=True)
+    hidden = Hidden(low, is_safe=True)
+    found = proven(graph, site, visible, bias, sizes, candidate, hidden, values, bits)
     if isinstance(found, AttentionSite):
         return found
     return site.dense(mask, f"{found.code}: {found.text}")

@@ -2,12 +2,13 @@
 
 The nodes between the product and the softmax are run as they are, with random scores in place of
 the product, random padding bits and small sizes; the probabilities must equal those that the
-op's arguments give. Sizes straddle the window, where off-by-one errors show.
+op's arguments give, also of queries that see nothing. Sizes straddle the window, where off-by-one
+errors show.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir.graph import Graph, argument, dtype_of, is_call
-from graphopt.ops.attention import Masks, masked_softmax
+from graphopt.ops.attention import Masks, softmax
 from graphopt.passes.masks.meaning import MaskMeaning
 
 _LARGEST = 600
@@ -30,6 +31,7 @@ class Candidate:
 
     like: sizes of the scores. factor: op and node of what else multiplies or divides the product.
     residue: the mask operand is what `last` is for a product of zero.
+    is_safe: rows of -inf alone give zeros, not nan.
     """
 
     last: fx.Node
@@ -37,13 +39,14 @@ class Candidate:
     like: Sequence[int | torch.SymInt]
     scale: float
     softcap: float
+    is_safe: bool
     factor: tuple[str, fx.Node] | None = None
     residue: bool = False
 
 
 def agrees(graph: Graph, candidate: Candidate, meaning: MaskMeaning) -> bool:
     """True when every grid agrees, or when the mask's nodes cannot be run on their own."""
-    wanted = [candidate.last, *meaning.padding, *meaning.hidden, *meaning.aux]
+    wanted = [candidate.last, *meaning.padding, *meaning.hiding, *meaning.aux]
     if meaning.mask is not None:
         wanted.append(meaning.mask)
     if candidate.factor is not None:
@@ -110,8 +113,6 @@ def _agrees_at(
                 if isinstance(length, torch.SymInt):
                     symbols.setdefault(str(length), 2 if position == 0 else size)
     generator = torch.Generator().manual_seed(size)
-    bits = (*meaning.padding, *meaning.hidden)
-    claimed = set(_ancestors(bits, None) or ()) if bits else set()
     try:
         shape = _concrete(candidate.like, symbols)
         scores = torch.randn(shape, generator=generator)
@@ -132,13 +133,13 @@ def _agrees_at(
                     more = values[node.all_input_nodes[0]] * argument(node, "beta")
                     values[node] = values[node] + more
                 else:
-                    values[node] = _run(graph, node, values, symbols, drawn, claimed)
+                    values[node] = _run(graph, node, values, symbols, drawn, meaning.bits)
             return values
 
         values = run(scores)
         last = values[candidate.last]
-        padding = [values[node].bool() for node in meaning.padding]
-        padding += [~values[node].bool() for node in meaning.hidden]
+        padding = [values[node].bool().flatten(1) for node in meaning.padding]
+        padding += [~values[node].bool().flatten(1) for node in meaning.hiding]
         aux = [values[node] for node in meaning.aux]
         mask = None if meaning.mask is None else values[meaning.mask]
         if candidate.residue:
@@ -146,8 +147,9 @@ def _agrees_at(
     except (RuntimeError, KeyError, IndexError, TypeError):
         # The example's sizes are not free to change (a buffer that is too small, a fixed batch).
         return True
+    working = torch.promote_types(last.dtype, torch.float32)
     if candidate.product is not None:
-        expected = last.float()
+        expected = last.to(working)
     elif last.dtype == torch.bool:
         expected = scores.masked_fill(~last, float("-inf"))
     else:
@@ -156,30 +158,35 @@ def _agrees_at(
     b, h, queries, keys = [1] * (4 - len(shape)) + shape
     four = (b, h, queries, keys)
     masks = Masks(
-        four, mask, pad_BT, aux, meaning.causal, meaning.window, meaning.predicate, meaning.bias
+        four,
+        mask,
+        pad_BT,
+        aux,
+        meaning.causal,
+        meaning.window,
+        meaning.predicate,
+        meaning.bias,
+        meaning.hidden,
     )
-    found = scores.view(four) * (1.0 if candidate.product is None else candidate.scale)
+    found = scores.view(four).to(working) * (1.0 if candidate.product is None else candidate.scale)
     if candidate.factor is not None:
         op, node = candidate.factor
         found = found * values[node] if op == "mul" else found / values[node]
     if candidate.softcap:
         found = candidate.softcap * torch.tanh(found / candidate.softcap)
-    added, visible = masks.of(range(queries), torch.device("cpu"))
-    found = found if added is None else found + added
-    weights = masked_softmax(found, visible, None)
-    wanted = torch.softmax(expected.view(four), -1)
-    # A row that sees nothing is zero here and anything there.
-    rows = (weights > 0).any(-1)
-    if not rows.any():
-        return True
+    weights = softmax(masks.applied(found, range(queries)), None, meaning.empty_is_nan)
+    wanted = softmax(expected.view(four), None, not candidate.is_safe)
+    if not torch.equal(weights.isnan(), wanted.isnan()):
+        return False
+    weights, wanted = weights.nan_to_num(), wanted.nan_to_num()
     # Clearly seen by one and hidden by the other; far-off keys of a bias may vanish in either.
     is_same = not bool(
-        ((weights > _SEEN) & (wanted == 0) | (weights == 0) & (wanted > _SEEN))[rows].any()
+        ((weights > _SEEN) & (wanted == 0) | (weights == 0) & (wanted > _SEEN)).any()
     )
     compared = candidate.last if candidate.product is None else candidate.product
     low = dtype_of(compared) in (torch.bfloat16, torch.float16)
     limit = _TOLERANCE_LOW if low else _TOLERANCE
-    return is_same and bool((weights - wanted)[rows].abs().max() <= limit)
+    return is_same and bool((weights - wanted).abs().max() <= limit)
 
 
 def _run(
@@ -188,7 +195,7 @@ def _run(
     values: dict[fx.Node, Any],
     symbols: Mapping[str, int],
     generator: torch.Generator,
-    padding: set[fx.Node],
+    bits: Collection[str],
 ) -> Any:
     value = node.meta["val"]
     if node.op == "get_attr":
@@ -197,10 +204,11 @@ def _run(
         shape = _concrete(value.shape, symbols)
         if value.is_floating_point():
             return torch.randn(shape, generator=generator).to(value.dtype)
-        highest = 2 if node in padding or value.dtype == torch.bool else 4
-        bits = torch.randint(0, highest, shape, generator=generator)
-        bits[..., :1] = 1
-        return bits.to(value.dtype)
+        highest = 2 if str(node.target) in bits or value.dtype == torch.bool else 4
+        made = torch.randint(0, highest, shape, generator=generator)
+        # Of a padding mask: the first batch element sees nothing, the second its first key.
+        made[:1], made[1:, ..., :1] = 0, 1
+        return made.to(value.dtype)
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
     assert callable(node.target)
     return node.target(*args, **kwargs)

@@ -9,8 +9,11 @@ The visible condition is a conjunction; each part of it is one of
 
 The proof is structural: the algebra's normal form of the part equals that of the meaning, for all
 sizes. As a second, independent test `grid.py` computes the mask's own nodes on small adversarial
-grids and compares. A condition that could hide every key of a query without looking at any input
-is not used: softmax and the op differ there.
+grids and compares.
+
+What a hidden key's score becomes goes along as `hidden`, so that a query that sees nothing gets
+what the model gives it. It is left out where every query surely sees a key and the value is so low
+that a hidden key weighs nothing.
 """
 
 from __future__ import annotations
@@ -28,30 +31,59 @@ from graphopt.passes.masks.algebra import Expr, Read, Var
 from graphopt.passes.masks.arithmetic import ARITHMETIC
 from graphopt.passes.masks.numbers import NUMBERS, pointwise
 from graphopt.passes.masks.predicate_text import UnwrittenError, text
+from graphopt.passes.masks.scores import MASK, SCORE, beside, is_negligible
 from graphopt.passes.masks.values import MaskValues, as_kind, axis
 from graphopt.passes.masks.views import MOVING
 
 _NAMES = ("b", "h", "q", "k")
 # A predicate may index tensors by two of b, h, q, k (tokens of a batch element), a bias by one.
 _MOST_INDICES = {"bool": 2, "float": 1}
+_NOTHING = ia.real(float("-inf"))
+_ROUNDING = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 @dataclass(frozen=True, slots=True)
 class MaskMeaning:
     """Arguments of `graphopt::attention`. why_dense: code and text, when `mask` is set.
 
-    padding, hidden: nodes of which all and none hold where the padding operand does.
+    padding, hiding: nodes of which all and none hold where the padding operand does. hidden,
+    empty_is_nan: as of the op.
+    low: `hidden`, also where it is left out because it does not matter; "-inf" by default.
+    bits: inputs that hold zeros and ones, if the meaning is right.
     """
 
     causal: bool = False
     window: int = 0
     padding: tuple[fx.Node, ...] = ()
-    hidden: tuple[fx.Node, ...] = ()
+    hiding: tuple[fx.Node, ...] = ()
     predicate: str = ""
     bias: str = ""
     aux: tuple[fx.Node, ...] = ()
     mask: fx.Node | None = None
     why_dense: str = ""
+    hidden: str = ""
+    empty_is_nan: bool = False
+    low: str = "-inf"
+    bits: tuple[str, ...] = ()
+
+    @property
+    def hides(self) -> bool:
+        """True when some key may be hidden from some query."""
+        parts = (self.causal, self.window, self.padding, self.hiding, self.predicate)
+        return any(parts) or (self.mask is not None and self.mask.meta["val"].dtype == torch.bool)
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """What the score of a hidden key becomes.
+
+    score: in terms of `scores.SCORE`, None when it cannot be said. rounded: the dtype in which the
+    model keeps it. is_safe: rows of -inf alone give zeros instead of nan, as in SDPA.
+    """
+
+    score: Expr | None
+    rounded: torch.dtype = torch.float32
+    is_safe: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +95,7 @@ class Unproven:
 
 
 _Conjuncts: TypeAlias = tuple[bool, int, list[fx.Node], list[fx.Node], list[Expr]]
-"""causal, window, padding, hidden, other conditions."""
+"""causal, window, padding, hiding, other conditions."""
 
 
 def reader(graph: Graph) -> MaskValues:
@@ -81,8 +113,8 @@ class _Meaning:
         self.gap = ia.add(self.keys, self.queries, -1)
         self.aux: list[fx.Node] = []
 
-    def read(self, visible: Expr, bias: Expr | None) -> MaskMeaning | Unproven:
-        causal, window, padding, hidden, other = self._conjuncts(visible)
+    def read(self, visible: Expr, bias: Expr | None, hidden: Hidden) -> MaskMeaning | Unproven:
+        causal, window, padding, hiding, other = self._conjuncts(visible)
         predicates, dense = [], []
         for part in other:
             written = self._text(part)
@@ -90,10 +122,11 @@ class _Meaning:
                 dense.append(part)
             else:
                 predicates.append(written)
-        if not self._shows_something(causal, window, other):
-            return Unproven("mask-may-hide-all", "a query may see no key at all")
-        bias_text, bias_node = "", None
-        if bias is not None and axis(3) in ia.variables(bias):
+        bias_text, bias_node, low = "", None, hidden.score
+        if bias is not None and axis(3) not in ia.variables(bias):
+            # The same for all keys: the softmax does not see it, but for the hidden ones.
+            low = None if low is None else beside(low, bias)
+        elif bias is not None:
             bias_text = self._text(bias) or ""
             bias_node = None if bias_text else self._node_of(bias, "float", rank=4)
             if not bias_text and bias_node is None:
@@ -109,17 +142,43 @@ class _Meaning:
                 return Unproven(
                     "mask-not-proven", f"the mask has no known meaning: {_brief(dense)}"
                 )
+        all_see = not (padding or hiding or dense) and self._all_see(causal, window, other)
+        if bias is not None and axis(3) in ia.variables(bias) and ia.reads(bias):
+            # It may be minus infinity for every key that a query sees.
+            all_see = False
+        if low is None:
+            return Unproven("hidden-not-read", "what a hidden score becomes cannot be told")
+        low_text = self._low_text(low, bias if bias_node is not None else None, hidden.rounded)
+        if low_text is None:
+            return Unproven("hidden-not-read", f"what a hidden score becomes: {_brief([low])}")
+        is_idle = low == _NOTHING or (all_see and is_negligible(low))
         return MaskMeaning(
             causal,
             window,
             tuple(padding),
-            tuple(hidden),
+            tuple(hiding),
             " and ".join(f"({p})" if " or " in p else p for p in predicates),
             bias_text,
             tuple(self.aux),
             mask,
             self._why(bias_node, dense),
+            "" if is_idle else low_text,
+            not (all_see or hidden.is_safe or _is_finite(low)),
+            low_text,
         )
+
+    def _low_text(self, low: Expr, dense_bias: Expr | None, rounded: torch.dtype) -> str | None:
+        """`low` in the op's language; `dense_bias`: what the mask operand holds."""
+        if dense_bias is not None:
+            low = _exchanged(low, dense_bias, MASK)
+        kept = list(self.aux)
+        name = _ROUNDING.get(rounded)
+        # Where the type's own limit is added, rounding changes nothing that this type can hold.
+        is_rounded = name is not None and SCORE in ia.variables(low) and not is_negligible(low)
+        written = self._text(ia.Call(str(name), (low,)) if is_rounded else low, most_indices=4)
+        if written is None:
+            self.aux = kept
+        return written
 
     def _why(self, bias_node: fx.Node | None, dense: list[Expr]) -> str:
         if bias_node is not None:
@@ -132,7 +191,7 @@ class _Meaning:
         distance = ia.add(ia.add(q, k, -1), self.gap)
         causal, window, ahead = False, 0, 0
         padding: list[fx.Node] = []
-        hidden: list[fx.Node] = []
+        hiding: list[fx.Node] = []
         other: list[Expr] = []
         limits: dict[Var, Expr] = {
             q: ia.add(self.queries, ia.integer(-1)),
@@ -155,13 +214,13 @@ class _Meaning:
                     ahead = int(past.value) + 1
                     continue
             if ia.reads(part) and k in ia.variables(part) and ia.variables(part) <= {b, k}:
-                node = self._node_of(part, "bool", rank=2)
+                node = self._node_of(part, "bool", rank=2) or self._broadcast(part)
                 if node is not None:
                     padding.append(node)
                     continue
                 node = self._node_of(ia.negate(part), "bool", rank=2)
                 if node is not None:
-                    hidden.append(node)
+                    hiding.append(node)
                     continue
             other.append(part)
         if ahead and (causal or ahead != window):
@@ -173,10 +232,10 @@ class _Meaning:
         if ahead and not causal and ahead != window and window:
             other.append(ia.at_least_zero(ia.add(ia.integer(window - 1), distance, -1)))
             window = 0
-        return causal, window, padding, hidden, other
+        return causal, window, padding, hiding, other
 
-    def _shows_something(self, causal: bool, window: int, other: list[Expr]) -> bool:
-        """A query sees the key at its own position or the first one, or an input hides it."""
+    def _all_see(self, causal: bool, window: int, other: list[Expr]) -> bool:
+        """Every query sees the key at its own position or the first one."""
         if (causal or window) and self.gap != ia.integer(0):
             low = ia.smallest(self.gap, {})
             if low is None or low < 0:
@@ -185,9 +244,16 @@ class _Meaning:
         if not window:
             surely_seen.append(ia.integer(0))
         return any(
-            all(ia.substitute(p, {axis(3): key}) == ia.TRUE or ia.reads(p) for p in other)
-            for key in surely_seen
+            all(ia.substitute(p, {axis(3): key}) == ia.TRUE for p in other) for key in surely_seen
         )
+
+    def _broadcast(self, e: Expr) -> fx.Node | None:
+        """A boolean node of more axes, `[B, 1, 1, T]`, that holds a function of (batch, key)."""
+        node, one = self._node_of(e, "bool", rank=4), ia.integer(1)
+        sizes = () if node is None else self.values.of(node).sizes
+        between = len(sizes) > 2 and all(size == one for size in sizes[1:-1])
+        is_whole = between and (sizes[0], sizes[-1]) == (self.sizes[0], self.keys)
+        return node if is_whole and self.sizes[0] != one else None
 
     def _node_of(self, e: Expr, kind: str, rank: int) -> fx.Node | None:
         """A node that holds `e`: `[B, T]` for rank 2, broadcastable to `[B, H, S, T]` for 4."""
@@ -226,14 +292,14 @@ class _Meaning:
                     return False
         return True
 
-    def _text(self, e: Expr, by_key: bool = False) -> str | None:
+    def _text(self, e: Expr, by_key: bool = False, most_indices: int = 0) -> str | None:
         """The predicate's text; None when it would read tensors that are not small. by_key: what
         is the same for all queries may be read by batch, head and key."""
         order: dict[str, int] = {}
         for read in sorted(ia.reads(e), key=repr):
             node = self.values.named(read.tensor)
             varying = [i for i in read.indices if ia.variables(i)]
-            is_small = len(varying) <= _MOST_INDICES[ia.kind_of(e)]
+            is_small = len(varying) <= (most_indices or _MOST_INDICES[ia.kind_of(e)])
             is_small = is_small or (by_key and axis(2) not in ia.variables(read))
             if node is None or not is_small:
                 return None
@@ -273,6 +339,18 @@ def _renamed(e: Expr, order: dict[str, int]) -> Expr:
     return e
 
 
+def _is_finite(e: Expr) -> bool:
+    if isinstance(e, ia.Call) and e.op == "add" and e.args[0] == SCORE:
+        e = e.args[1]
+    return isinstance(e, ia.Num) and e != _NOTHING
+
+
+def _exchanged(e: Expr, old: Expr, new: Expr) -> Expr:
+    if e == old or not isinstance(e, ia.Call):
+        return new if e == old else e
+    return ia.Call(e.op, tuple(_exchanged(a, old, new) for a in e.args))
+
+
 def _sizes(e: Expr) -> frozenset[Var]:
     if isinstance(e, Var):
         return frozenset({e}) if e.size else frozenset()
@@ -291,7 +369,7 @@ def _brief(parts: list[Expr]) -> str:
 
 
 def read_meaning(
-    values: MaskValues, visible: Expr, bias: Expr | None, sizes: Sequence[Expr]
+    values: MaskValues, visible: Expr, bias: Expr | None, hidden: Hidden, sizes: Sequence[Expr]
 ) -> MaskMeaning | Unproven:
     """The meaning of a condition and a bias in a0..a3. sizes: of the scores' four axes."""
-    return _Meaning(values, sizes).read(visible, bias)
+    return _Meaning(values, sizes).read(visible, bias, hidden)

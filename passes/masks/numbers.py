@@ -93,22 +93,26 @@ def _leaves(e: Expr) -> int:
     return sum(map(_leaves, e.args[1:])) if isinstance(e, ia.Call) and e.op == "where" else 1
 
 
-def logarithm(value: float) -> float:
-    """log, with the limits that torch has; nan below zero."""
-    return float(torch.log(torch.tensor(value, dtype=torch.float64)))
+CONVERSIONS = ("float", "narrow", "log")
+"""Calls that make a float of one number; "narrow" in few bits."""
+
+
+def converted(op: str, leaf: Expr) -> Expr:
+    """A call of CONVERSIONS of a leaf; a number when the leaf is one."""
+    if not isinstance(leaf, ia.Num):
+        return ia.Call(op, (leaf,))
+    value = torch.tensor(leaf.value, dtype=torch.float64)
+    # Like torch: minus infinity at zero, nan below.
+    return ia.real(float(torch.log(value) if op == "log" else value))
 
 
 def _log(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
     x = values.element(node.args[0], sizes)
     x = None if x is None else as_kind(values, x, "float", dtype_of(node))
-    if x is None or not all(map(values.is_bits, ia.reads(x))) or not ia.reads(x):
+    if x is None or not all(map(values.may_be_bits, ia.reads(x))) or not ia.reads(x):
         return None
 
-    def of_leaf(leaf: Expr) -> Expr:
-        is_number = isinstance(leaf, ia.Num)
-        return ia.real(logarithm(float(leaf.value))) if is_number else ia.Call("log", (leaf,))
-
-    return ia.over_leaves(x, of_leaf)
+    return ia.over_leaves(x, lambda leaf: converted("log", leaf))
 
 
 def is_no_bound(op: str, bound: Expr, dtype: torch.dtype) -> bool:
@@ -148,8 +152,7 @@ def within(op: str, x: Expr, bound: Expr) -> Expr:
     limit, combine = float(bound.value), FOLDED[op]
 
     def of_leaf(leaf: Expr) -> Expr:
-        is_number = isinstance(leaf, ia.Num)
-        return ia.real(combine(float(leaf.value), limit)) if is_number else leaf
+        return ia.real(combine(float(leaf.value), limit)) if isinstance(leaf, ia.Num) else leaf
 
     return ia.over_leaves(x, of_leaf)
 

@@ -19,7 +19,7 @@ _INFIX = {
     "eq": "==",
     "ne": "!=",
 }
-_FUNCTIONS = ("where", "float", "abs")
+_FUNCTIONS = ("where", "float", "abs", "min", "max", "bf16", "f16")
 
 
 class UnwrittenError(Exception):
@@ -29,8 +29,8 @@ class UnwrittenError(Exception):
 def text(e: Expr) -> str:
     """The expression. Raises UnwrittenError for operations that the language has not."""
     if isinstance(e, ia.Num):
-        if not math.isfinite(e.value):
-            raise UnwrittenError("a number that is not finite")
+        if math.isnan(e.value):
+            raise UnwrittenError("a number that is none")
         return repr(e.value)
     if isinstance(e, ia.Var):
         return e.name

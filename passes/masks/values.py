@@ -5,8 +5,8 @@ expression in the axis variables a0, a1, ... Everything that is not arithmetic o
 and bits is a `Read` of the node itself, so that reading never fails; nodes of the model proper end
 up as that. `baddbmm` is what it adds plus a `Read` of its product, which has a name of its own.
 
-Two facts go beyond the ops' definitions. Constants are read by `constants.py`. An integer input
-`[batch, sequence]` that is never embedded holds zeros and ones, as padding masks do.
+Constants are read by `constants.py`. What is read holds for every value of the inputs; `bits.py` is
+where one is assumed.
 """
 
 from __future__ import annotations
@@ -146,8 +146,9 @@ class MaskValues:
             element = self.fallback(self, node, sizes)
         return None if element is None else Grid(sizes, element)
 
-    def is_bits(self, read: Expr) -> bool:
-        """An element of an integer input [batch, sequence] that is never embedded."""
+    def may_be_bits(self, read: Expr) -> bool:
+        """An element of an integer input [batch, sequence] that is never embedded: most likely a
+        padding mask, which holds zeros and ones."""
         if not isinstance(read, ia.Read) or read.kind != "int" or len(read.indices) != 2:
             return False
         node = self.named(read.tensor)
@@ -183,7 +184,8 @@ def as_kind(values: MaskValues, e: Expr, wanted: str, dtype: torch.dtype) -> Exp
         return ia.Call("ne", (e, ia.real(0.0)))
     if wanted == "float" and dtype in _EXACT:
         return ia.Call("float", (e,))
-    return None
+    # Few bits hold small integers: of use where the element is known to be one.
+    return ia.Call("narrow", (e,)) if wanted == "float" and isinstance(e, ia.Read) else None
 
 
 def _rounds(e: Expr, dtype: torch.dtype) -> bool:

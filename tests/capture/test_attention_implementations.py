@@ -170,19 +170,48 @@ def test_arguments_known_to_be_harmless() -> None:
     check(model, graph)
 
 
-class Restarts(LlamaModel):
-    """Counts positions from 0 again after every fourth token, as packed sequences do."""
+def positioned(make: Callable[[int, int], Tensor]) -> LlamaForCausalLM:
+    """A Llama that makes its positions itself: `[batch, length]`."""
 
-    def forward(self, input_ids: Tensor, **options: Any) -> Any:
-        positions = torch.arange(input_ids.shape[1])[None] % 4
-        options["position_ids"] = positions
-        return super().forward(input_ids, **options)
+    class Positioned(LlamaModel):
+        def forward(self, input_ids: Tensor, **options: Any) -> Any:
+            options["position_ids"] = make(*input_ids.shape)
+            return super().forward(input_ids, **options)
+
+    model = tiny_llama(layers=1)
+    model.model.__class__ = Positioned
+    return model
 
 
-def test_positions_that_are_no_iota_are_found() -> None:
-    model = tiny_llama()
-    model.model.__class__ = Restarts
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda b, s: torch.arange(s)[None] % 4,
+        lambda b, s: torch.arange(2 * s)[None, ::2],
+        lambda b, s: torch.arange(s).flip(0)[None],
+        lambda b, s: torch.arange(s * b).view(s, b).t(),
+        lambda b, s: torch.zeros(b, s, dtype=torch.int64),
+    ],
+)
+def test_positions_that_are_no_iota_are_found(make: Callable[[int, int], Tensor]) -> None:
+    model = positioned(make)
     is_kept(model, capture(model, torch.randint(0, 101, EXAMPLE)), "positions are made by")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda b, s: (torch.arange(s) + 2).unsqueeze(0).repeat(b, 1),
+        lambda b, s: torch.arange(64)[:s].expand(b, -1),
+        lambda b, s: torch.arange(s).view(1, 1, -1).expand(3, b, -1)[1],
+    ],
+)
+def test_positions_that_are_an_iota(make: Callable[[int, int], Tensor]) -> None:
+    model = positioned(make)
+    graph = capture(model, torch.randint(0, 101, EXAMPLE))
+    assert (count(graph), graph.notes) == (1, ())
+    assert all(argument(c, "pad_BT") is None for c in graph.calls(attention.SPEC.overload))
+    check(model, graph)
 
 
 def test_attention_that_is_causal_only_under_one_implementation() -> None:

@@ -101,7 +101,7 @@ def by_key(model: Rule, x: Tensor) -> Any:
 
 
 def an_object(model: Rule, x: Tensor) -> Any:
-    return [y for y in [x]].__iter__()
+    return iter([x])
 
 
 def gradients(model: Rule, x: Tensor) -> Any:

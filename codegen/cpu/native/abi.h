@@ -59,7 +59,8 @@ enum Op : int32_t {
   // Row i of request r stands at position kv_lens[r] - rows_r + i and sees the keys at positions
   // <= its own and, with a window, > its own - window.
   // i: 0 block size, 1 query heads per kv head, 2 window (0: none).
-  // f: 0 scale, 1 softcap (0: none; scores become cap * tanh(score / cap)).
+  // f: 0 scale, 1 softcap (0: none; scores become cap * tanh(score / cap)), 2 and 3 the bounds of a
+  // row's highest score (equal: none), outside of which the instruction fails.
   OP_PAGED_ATTENTION = 6,
   // out, gate, up. dims: rows, D. out, gate, up: row. i: 0 activation (GluKind).
   // out = act(gate) * up.

@@ -55,6 +55,8 @@ class PagedAttention {
     shape_.window = instr.attrs_i[2];
     shape_.scale = static_cast<float>(instr.attrs_f[0]);
     shape_.softcap = static_cast<float>(instr.attrs_f[1]);
+    least_peak_ = static_cast<float>(instr.attrs_f[2]);
+    most_peak_ = static_cast<float>(instr.attrs_f[3]);
     requests_ = ctx.sym(SYM_REQUESTS);
     columns_ = ctx.sym(SYM_BLOCK_COLUMNS);
     tables_ = ctx.ptr<int64_t>(instr, 4);
@@ -194,6 +196,8 @@ class PagedAttention {
       const int dtype = ctx_.dtype(instr_, 7);
       load_row(at(ctx_.ptr(instr_, 7), dtype, query_head(unit, r)), dtype, 1, &sink);
     }
+    const float peak = running_.maximum[r];
+    if (least_peak_ < most_peak_ && (peak < least_peak_ || peak > most_peak_)) ctx_.fail(instr_);
     finish_row(running_, r, shape_.padded_values(), sink);
     store_row(running_.values + r * running_.stride, row_address(0, unit, r),
               ctx_.dtype(instr_, 0), shape_.value_width);
@@ -251,6 +255,7 @@ class PagedAttention {
   Context& ctx_;
   const int thread_, threads_;
   AttentionShape shape_;
+  float least_peak_, most_peak_;
   int64_t requests_, columns_, unit_tokens_, max_rows_, units_count_, items_, item_bytes_;
   const int64_t *tables_, *starts_, *lengths_;
   Unit* units_;

@@ -194,15 +194,17 @@ def test_alibi_is_a_bias_of_indices() -> None:
     assert found["bias"] == "aux0[h, 0, 0] * float(k - q)"
 
 
-def test_a_query_that_may_see_nothing_keeps_its_dense_mask() -> None:
+def test_a_query_that_may_see_nothing_is_nan_as_in_a_softmax() -> None:
     strict = hides(lambda i, j: (j >= i) & (i > 0))
     (node,) = fuse(lambda q, k, v: softmax(q, k, v, strict))[0].calls(attention.SPEC.overload)
     # Every query sees the first key.
     assert argument(node, "mask") is None
+    assert not argument(node, "empty_is_nan")
     nothing = hides(lambda i, j: (j >= i) | (j < 0))
     graph, _ = fuse(lambda q, k, v: softmax(q, k, v, nothing).nan_to_num())
-    for node in graph.calls(attention.SPEC.overload):
-        assert argument(node, "mask") is not None
+    (node,) = graph.calls(attention.SPEC.overload)
+    assert argument(node, "mask") is None
+    assert argument(node, "empty_is_nan")
 
 
 @pytest.mark.parametrize("scaled", ["q", "k", "scores", "mul"])
@@ -448,9 +450,9 @@ def bf16_positions(scores: Tensor, q: Tensor) -> Tensor:
     [
         # Additive constants that do not hide.
         (partial(adds, -100.0), ""),
-        # Rows that see nothing: a mean in the model, nothing in the op.
-        (partial(fills, lambda i, j: j >= i), "mask-may-hide-all"),
-        (partial(fills, lambda i, j: j + 0 * i < 4), "mask-may-hide-all"),
+        # Rows that see nothing: a mean in the model, and in the op.
+        (partial(fills, lambda i, j: j >= i), ""),
+        (partial(fills, lambda i, j: j + 0 * i < 4), ""),
         # Scores that are moved.
         (lambda q, k, v: torch.softmax(dot(k, q).mT, -1) @ v, "not-scores"),
         # What torch broadcasts and the op does not.

@@ -204,6 +204,10 @@ CASES: dict[object, tuple[Case, ...]] = {
         lambda g: g.call(aten.select.int, g.x, 0, 2),
         lambda g: g.call(aten.select.int, g.x, -1, -2),
     ),
+    aten.index_select.default: (
+        lambda g: g.call(aten.index_select.default, g.x, 0, g.call(aten.arange.start, 1, 3)),
+        lambda g: g.call(aten.index_select.default, g.x, -1, g.call(aten.arange.start, 2, 5)),
+    ),
     aten.index.Tensor: (
         lambda g: g.call(aten.index.Tensor, g.x, [None, g.call(aten.arange.start, 2, 5)]),
         lambda g: g.call(aten.index.Tensor, g.x, [g.i, g.call(aten.arange.default, 3)]),
