@@ -25,6 +25,7 @@ from graphopt.passes.fuse.attention_walk import (
     outer_mask,
     product_below,
     read_sinks,
+    rounded,
     used_elsewhere,
     walk_down,
     without_row_maximum,
@@ -123,6 +124,10 @@ def hand_written(graph: Graph, softmax: fx.Node) -> AttentionSite | Reject:
     if used is not None:
         text = f"the scores are also used by {op_name(used)}"
         return Reject("scores-used", text, used, "use the scores for nothing but the softmax")
+    coarse = rounded(softmax, product, down.last)
+    if coarse is not None:
+        text = f"the scores or probabilities are rounded to {dtype_of(coarse)}"
+        return Reject("rounded-between", text, coarse, "keep them in the dtype of the values")
     return _site(graph, values, down, scores, product, sinks)
 
 

@@ -175,6 +175,27 @@ def used_elsewhere(product: fx.Node, softmax: fx.Node) -> fx.Node | None:
     return None
 
 
+def rounded(softmax: fx.Node, product: fx.Node, last: fx.Node) -> fx.Node | None:
+    """The first value between the product and `last` that is coarser than both: the op would
+    compute it as finely as they are."""
+    allowed = max(torch.finfo(dtype_of(node)).eps for node in (product, last))
+    above, below = [softmax], [user for user in softmax.users if user is not last]
+    seen: set[fx.Node] = set()
+    while above or below:
+        node, is_above = (above.pop(), True) if above else (below.pop(), False)
+        if node in seen or node is product or node.op == "output" or not is_tensor(node):
+            continue
+        seen.add(node)
+        dtype = dtype_of(node)
+        if dtype.is_floating_point and torch.finfo(dtype).eps > allowed:
+            return node
+        if is_above:
+            above += [x for x in node.all_input_nodes if x is product or _depends(x, product)]
+        else:
+            below += [user for user in node.users if user is not last]
+    return None
+
+
 def outer_mask(scores: fx.Node, product: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
     """(inner scores, mask, hides where true) of the outermost masking op."""
     node = scores

@@ -105,10 +105,13 @@ class AttentionProgram(nn.Module):
     def moved(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The operands `[B, H, S, D]`, moved about."""
         how = self.choices.operands
-        if how in ("q-flipped", "k-flipped", "v-flipped"):
-            flipped = {"q": q, "k": k, "v": v}[how[0]].flip(2)
-            return {"q": (flipped, k, v), "k": (q, flipped, v), "v": (q, k, flipped)}[how[0]]
-        if how == "k-rolled":
+        if how == "q-flipped":
+            q = q.flip(2)
+        elif how == "k-flipped":
+            k = k.flip(2)
+        elif how == "v-flipped":
+            v = v.flip(2)
+        elif how == "k-rolled":
             k = torch.roll(k, 1, 2)
         elif how == "v-rolled":
             v = torch.roll(v, 1, 2)
@@ -123,7 +126,7 @@ class AttentionProgram(nn.Module):
         elif how == "k-shifted":
             k = F.pad(k, (0, 0, 1, 0))[:, :, :-1]
         elif how == "v-shifted":
-            v = torch.cat([v[:, :, :1], v[:, :, :-1]], 2)
+            v = F.pad(v, (0, 0, 1, 0))[:, :, :-1]
         elif how == "k-negative":
             k = -k
         elif how == "v-scaled":
@@ -220,7 +223,7 @@ class AttentionProgram(nn.Module):
         if c.scale_place == "by-key":
             return scores * x[0].mean(-1)[:, None, None, :]
         if c.scale_place == "by-length":
-            return scores / math.sqrt(scores.shape[-1])
+            return scores / scores.shape[-1]
         if c.scale_place == "added":
             return scores + c.scale
         if c.scale_place == "alpha":
@@ -288,8 +291,6 @@ class AttentionProgram(nn.Module):
             return pad_BS[:, None, None, :].bool() | self.triangle(s)
         if c.mask == "causal-and-padded":
             return pad_BS[:, None, None, :].bool() & self.triangle(s)
-        if c.mask == "causal-xor-padded":
-            return pad_BS[:, None, None, :].bool() ^ self.triangle(s)
         if c.mask == "by-head":
             return self.triangle(s) | (torch.arange(HEADS)[:, None, None] > 1)
         return self.triangle(s)
@@ -376,6 +377,8 @@ class AttentionProgram(nn.Module):
             return F.softmax(scores, axis, dtype=torch.float64).float()
         if c.softmax == "bfloat16":
             return F.softmax(scores.to(torch.bfloat16), axis).float()
+        if c.softmax == "scores-rounded":
+            return F.softmax(scores.to(torch.bfloat16).float(), axis)
         if c.softmax == "shifted":
             return torch.softmax(scores - scores.amax(axis, keepdim=True), axis)
         if c.softmax == "shifted-other-axis":
@@ -527,8 +530,9 @@ OPERANDS = words(
 )
 SOFTMAXES = words(
     """
-    float64 bfloat16 shifted shifted-other-axis negative softmin hot logarithmic log-softmax twice
-    sigmoid exp exp-shifted exp-plus-one exp-other-sum exp-reciprocal exp2 exp2-unscaled logsumexp
+    float64 bfloat16 scores-rounded shifted shifted-other-axis negative softmin hot logarithmic
+    log-softmax twice sigmoid exp exp-shifted exp-plus-one exp-other-sum exp-reciprocal exp2
+    exp2-unscaled logsumexp
     """
 )
 PROBABILITIES = words(
@@ -545,7 +549,7 @@ MADE = words(
 MASKS = words(
     """
     window window-one-side two-sided chunked chunked-truncated chunked-divided chunked-remainder
-    prefix all by-head biased causal-and-padded padded-or-causal causal-xor-padded
+    prefix all by-head biased causal-and-padded padded-or-causal
     """
 )
 HIDDEN = (-INFINITY, -1e9, -3e38, -1e4, -100.0, -1.0, 0.0, 1e9)
