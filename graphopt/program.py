@@ -43,6 +43,9 @@ KV_DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 
+_WHOLE = "call the program itself, which computes whole sequences"
+"""What works where nothing in the model can be changed to give it a KV cache."""
+
 
 @dataclass(frozen=True, slots=True)
 class ProgramOptions:
@@ -120,7 +123,7 @@ class Program:
         layer = f" in {self.refusal.layer}" if self.refusal.layer else ""
         return (
             f"{self.options.name} cannot be served with a KV cache: {self.refusal.text}"
-            f"{place}{layer} [{self.refusal.code}]"
+            f"{place}{layer} [{self.refusal.code}]; {self.refusal.mend or _WHOLE}"
         )
 
     def __call__(self, *inputs: Tensor, **named: Tensor) -> Tensor | tuple[Tensor, ...]:

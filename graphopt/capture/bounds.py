@@ -21,7 +21,7 @@ from typing import Any
 import sympy
 from sympy.logic.boolalg import And, Boolean
 from torch.export import ExportedProgram
-from torch.utils._sympy.functions import Mod
+from torch.utils._sympy.functions import Max, Min, Mod
 from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
 from graphopt.capture.size_decisions import Decision, Decisions
@@ -154,11 +154,35 @@ def _relations(
 
 def _normal(relation: sympy.Rel) -> sympy.Rel:
     """The same relation as `something compared with 0`, what is positive divided out."""
-    difference = sympy.terms_gcd(sympy.expand(relation.lhs - relation.rhs))
+    difference = _without_extremes(relation.lhs - relation.rhs)
+    difference = sympy.terms_gcd(sympy.expand(difference))
     factors = difference.args if isinstance(difference, sympy.Mul) else (difference,)
     # Every size is positive.
     left = [f for f in factors if not (f.is_Symbol or (f.is_Integer and f > 0))]
     return relation.func(sympy.Mul(*left) if left else sympy.Integer(1), sympy.Integer(0))
+
+
+def _without_extremes(expression: sympy.Expr) -> sympy.Expr:
+    """The expression with each Min and Max that one operand always is, sizes being positive."""
+    more = {
+        symbol: 1 + sympy.Symbol(f"more_{symbol}", nonnegative=True)
+        for symbol in expression.free_symbols
+    }
+
+    def is_never_negative(difference: sympy.Expr) -> bool:
+        expanded = sympy.expand(difference.subs(more))
+        if expanded.atoms(sympy.Function) or not expanded.is_polynomial():
+            return False
+        return all(number >= 0 for number in expanded.as_coefficients_dict().values())
+
+    for extreme in expression.atoms(Min, Max):
+        sign = 1 if isinstance(extreme, Min) else -1
+        for operand in extreme.args:
+            others = [other for other in extreme.args if other is not operand]
+            if all(is_never_negative(sign * (other - operand)) for other in others):
+                expression = expression.subs(extreme, operand)
+                break
+    return expression
 
 
 def _simple(relation: sympy.Rel, decision: Decision, names: Mapping[str, str]) -> Limit | None:

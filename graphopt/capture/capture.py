@@ -24,6 +24,7 @@ from graphopt.capture.size_one import sizes_kept_from_one
 from graphopt.capture.snapshot import Change
 from graphopt.capture.source import ModelSource
 from graphopt.capture.torch_export import export_module
+from graphopt.capture.torch_layers import torch_layers_as_written
 from graphopt.capture.untouched import check_forgets, each_run_untouched, untouched
 from graphopt.errors import CaptureError
 from graphopt.ir.graph import Graph
@@ -81,7 +82,7 @@ def capture(
         call.setdefault("use_cache", False)
     axes = _axes(tensors, dynamic)
     call = _in_order(module, call)
-    with untouched(module), _materialised(module), _no_fast_path(), torch.no_grad():
+    with untouched(module), _materialised(module), torch_layers_as_written(), torch.no_grad():
         graph = _graph(module, call, axes, strict, source.name, positional)
     for name in list(graph.weights):
         if name in source.packed:
@@ -260,18 +261,6 @@ def _symbol_names(
                     taken = chosen in names.values()
                     names[str(size)] = f"{node.name}_{axis}" if taken else chosen
     return names
-
-
-@contextlib.contextmanager
-def _no_fast_path() -> Iterator[None]:
-    """nn.MultiheadAttention and nn.TransformerEncoder as they are written: in eval mode torch would
-    run one opaque op for a layer, and cut or zero what is padding."""
-    was_enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(was_enabled)
 
 
 @contextlib.contextmanager

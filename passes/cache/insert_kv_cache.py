@@ -92,7 +92,7 @@ class InsertKvCache(Pass[ServingPlan]):
         if not all(name in graph.symbols for name in names) or names[0] == names[1]:
             return Reject(
                 "static-sequence",
-                "batch and sequence must be dynamic, each for itself; capture with dynamic=True",
+                "batch and sequence must be dynamic, each for itself",
                 tokens,
                 "capture with dynamic=True",
             )

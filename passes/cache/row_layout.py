@@ -2,7 +2,8 @@
 
 Sizes are polynomials over two symbols, the batch size and the length of the sequence.
 
-    row axis     enumerates token rows: its size is the sequence, or batch * sequence (folded)
+    row axis     enumerates token rows: its size is the sequence, or batch * sequence (folded: the
+                 batch outermost, or the sequence, which the size does not tell)
     batch axis   the axis whose size holds the batch symbol: batch, batch * n (folded heads) or
                  batch * sequence; every op that works along it would mix requests
     table        a constant cut to the length of the sequence: row i reads entry start + i
@@ -64,7 +65,8 @@ class Table:
 @dataclass(slots=True)
 class Rows:
     """State of one walk. axis: row axis of each node seen so far; None: it has none. picked: values
-    made of the last token row alone (`last_row.py`)."""
+    made of the last token row alone (`last_row.py`). sequence_first: folded values in which the
+    batch items of a token follow one another."""
 
     batch: sympy.Symbol
     sequence: sympy.Symbol
@@ -72,6 +74,7 @@ class Rows:
     tables: dict[fx.Node, Table] = field(default_factory=dict)
     padding: frozenset[fx.Node] = frozenset()
     picked: set[fx.Node] = field(default_factory=set)
+    sequence_first: set[fx.Node] = field(default_factory=set)
 
     def of(self, value: Any) -> Axis:
         """Row axis of an operand; constants have none."""
@@ -162,15 +165,46 @@ def _check_sizes(rows: Rows, node: fx.Node, shape: list[sympy.Expr], axis: Axis)
         raise batch_mixed(node, "changes the number of batch items")
 
 
-def reshaped(rows: Rows, before: list[sympy.Expr], after: list[sympy.Expr]) -> Axis:
-    """Row axis after a reshape between sizes that hold the sequence.
+def is_folded(rows: Rows, value: Any) -> bool:
+    """Whether an operand has rows and batch items on one axis."""
+    axis = rows.of(value)
+    if axis is None:
+        return False
+    whole = value.meta["val"]
+    size = (whole if isinstance(whole, Tensor) else whole[0]).shape[axis]
+    return rows.batch in _expression(size).free_symbols
+
+
+def check_fold(rows: Rows, node: fx.Node) -> None:
+    """Remember how a result's folded axis is ordered: like those of all its folded operands.
+
+    Raises RowsMixedError when they differ.
+    """
+    folded = [operand for operand in node.all_input_nodes if is_folded(rows, operand)]
+    orders = {operand in rows.sequence_first for operand in folded}
+    if len(orders) > 1:
+        raise mixed(node, "meets values that are folded in different orders on the token axis")
+    if orders == {True}:
+        rows.sequence_first.add(node)
+
+
+def reshaped(
+    rows: Rows,
+    before: list[sympy.Expr],
+    after: list[sympy.Expr],
+    *,
+    is_sequence_first: bool = False,
+) -> tuple[Axis, bool]:
+    """Row axis after a reshape between sizes that hold the sequence, and whether rows and batch
+    items are folded there with the sequence outermost, as `is_sequence_first` says of before.
 
     Raises ValueError unless rows and batch items stay whole and in order: an axis may be split or
-    merged, the batch may become the outer part of an axis, nothing else may fold into the rows.
+    merged, the batch may become the outer part of an axis, or the inner part of the rows' own.
     """
     symbols = (rows.batch, rows.sequence)
-    pending = _atoms(before, symbols)
+    pending = _atoms(before, symbols[::-1] if is_sequence_first else symbols)
     row_axis: Axis = None
+    is_turned = False
     for position, size in enumerate(after):
         taken: list[sympy.Expr] = []
         rest = size
@@ -196,11 +230,12 @@ def reshaped(rows: Rows, before: list[sympy.Expr], after: list[sympy.Expr]) -> A
             taken.append(shared)
         if rows.sequence in taken:
             row_axis = position
-            if taken not in ([rows.sequence], [rows.batch, rows.sequence]):
+            is_turned = taken == [rows.sequence, rows.batch]
+            if not is_turned and taken not in ([rows.sequence], [rows.batch, rows.sequence]):
                 raise ValueError
         elif rows.batch in taken[1:]:
             raise ValueError
-    return row_axis
+    return row_axis, is_turned
 
 
 def _atoms(shape: list[sympy.Expr], symbols: tuple[sympy.Symbol, ...]) -> list[sympy.Expr]:
@@ -208,7 +243,7 @@ def _atoms(shape: list[sympy.Expr], symbols: tuple[sympy.Symbol, ...]) -> list[s
     atoms: list[sympy.Expr] = []
     for size in shape:
         rest = size
-        # Folded axes have the batch outermost: `check_result` and `reshaped` allow nothing else.
+        # Folded axes are in the order of `symbols`: `check_result` and `reshaped` see to it.
         for symbol in symbols:
             if symbol in rest.free_symbols:
                 atoms.append(symbol)

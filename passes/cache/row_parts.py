@@ -84,6 +84,8 @@ def _parts(rows: Rows, node: fx.Node) -> tuple[Rows, fx.Graph] | None:
     placeholders = (part for part in graph.nodes if part.op == "placeholder")
     for placeholder, operand in zip(placeholders, operands, strict=True):
         inner.axis[placeholder] = rows.of(operand)
+        if operand in rows.sequence_first:
+            inner.sequence_first.add(placeholder)
     for part in graph.nodes:
         part.meta.setdefault("val", None)
     return inner, graph

@@ -121,14 +121,18 @@ def _repeat_interleave(rows: Rows, node: fx.Node) -> Axis:
     return rows.of(operand)
 
 
-def _reshape(rows: Rows, node: fx.Node) -> Axis:
+def reshape(rows: Rows, node: fx.Node) -> Axis:
     operand = node.args[0]
     if rows.is_constant(operand):
         return None
+    before, is_turned = sizes(operand), operand in rows.sequence_first
     try:
-        return reshaped(rows, sizes(operand), sizes(node))
+        axis, is_turned = reshaped(rows, before, sizes(node), is_sequence_first=is_turned)
     except ValueError:
         raise mixed(node, "folds the token axis or the batch axis into another axis") from None
+    if is_turned:
+        rows.sequence_first.add(node)
+    return axis
 
 
 def filled(rows: Rows, node: fx.Node) -> Axis:
@@ -209,13 +213,13 @@ SHAPE_RULES: dict[object, Rule] = {
     aten.constant_pad_nd.default: _pad,
     aten.tril.default: _triangle,
     aten.triu.default: _triangle,
-    aten.reshape.default: _reshape,
-    aten.reshape_as.default: _reshape,
-    aten.view_as.default: _reshape,
-    aten.view.default: _reshape,
-    aten._unsafe_view.default: _reshape,
-    aten.flatten.using_ints: _reshape,
-    aten.unflatten.int: _reshape,
+    aten.reshape.default: reshape,
+    aten.reshape_as.default: reshape,
+    aten.view_as.default: reshape,
+    aten.view.default: reshape,
+    aten._unsafe_view.default: reshape,
+    aten.flatten.using_ints: reshape,
+    aten.unflatten.int: reshape,
     aten.arange.default: _arange,
     aten.arange.start: _arange,
     aten.arange.start_step: _arange,

@@ -21,6 +21,7 @@ from graphopt.passes.cache.row_layout import (
     Axis,
     Rows,
     RowsMixedError,
+    check_fold,
     check_numbers,
     check_result,
     mixed,
@@ -29,7 +30,7 @@ from graphopt.passes.cache.row_layout import (
 )
 from graphopt.passes.cache.row_parts import axis_by_parts
 from graphopt.passes.cache.row_rules import CASTS, RULES, pointwise
-from graphopt.passes.cache.row_shape_rules import TAKES_SIZES
+from graphopt.passes.cache.row_shape_rules import TAKES_SIZES, reshape
 
 aten = torch.ops.aten
 _OPERANDS = ("q_BHSD", "k_BGTD", "v_BGTE", "mask", "pad_BT", "sinks_H")
@@ -77,6 +78,8 @@ def _trace(rows: Rows, node: fx.Node) -> None:
     if isinstance(node.meta["val"], (Tensor, list, tuple)):
         rows.axis[node] = _trace_call(rows, node)
         check_result(rows, node, rows.axis[node])
+        if RULES.get(node.target) is not reshape:
+            check_fold(rows, node)
         if is_picked and rows.axis[node] is not None:
             raise mixed(node, "spreads the last token row over all rows")
         if is_picked:

@@ -25,7 +25,7 @@ PROMPT, STEPS = (3, 9, 4, 7), 8
 class Outcome:
     """fused: summary of fuse_attention. error: largest relative error at the sizes of `others`,
     over all outputs. tokens, wanted: greedy tokens of the program and of the module, () when it is
-    not served. refusal: the first line of why not, else "".
+    not served. refusal: the first line of why not, else "". notes: of the report.
     """
 
     fused: str
@@ -33,6 +33,7 @@ class Outcome:
     tokens: tuple[int, ...]
     wanted: tuple[int, ...]
     refusal: str
+    notes: tuple[str, ...]
 
 
 def measure(sample: Sample) -> Outcome:
@@ -48,7 +49,7 @@ def measure(sample: Sample) -> Outcome:
     except GraphoptError as reason:
         refusal = str(reason).splitlines()[0]
     fused = graphopt.explain(program, "fuse_attention").summary
-    return Outcome(fused, error, tokens, wanted, refusal)
+    return Outcome(fused, error, tokens, wanted, refusal, tuple(program.report.notes))
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:

@@ -43,4 +43,10 @@ def build() -> Sample:
     torch.manual_seed(28)
     make = tokens_of(40)
     sizes = make(3, 17), make(1, 5)
-    return Sample(lively(Recurrent()), make(2, 12), sizes, "no candidates", "cumsum")
+    return Sample(
+        lively(Recurrent()),
+        make(2, 12),
+        sizes,
+        "no candidates",
+        "aten.cumsum works along the token axis at cumulative_recurrence.py:",
+    )

@@ -84,4 +84,10 @@ def build() -> Sample:
     torch.manual_seed(9)
     make = tokens_of(50)
     model = lively(ALiBiTransformer())
-    return Sample(model, make(2, 12), (make(3, 17), make(1, 5)), "2 of 2 fused", "bias")
+    return Sample(
+        model,
+        make(2, 12),
+        (make(3, 17), make(1, 5)),
+        "2 of 2 fused",
+        "bias that the paged cache has no kernel for at linear_bias.py:",
+    )

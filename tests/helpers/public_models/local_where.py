@@ -82,7 +82,7 @@ class LanguageModel(nn.Module):
 
 def build() -> Sample:
     """A local layer sees four keys with its own."""
-    torch.manual_seed(10)
+    torch.manual_seed(62)
     make = tokens_of(43)
     model = lively(LanguageModel())
     return Sample(model, make(2, 12), (make(3, 17), make(1, 5)), "2 of 2 fused")

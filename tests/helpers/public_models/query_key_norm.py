@@ -82,6 +82,6 @@ class Transformer(nn.Module):
 
 def build() -> Sample:
     """The scores have no scale: the norms stand for it."""
-    torch.manual_seed(7)
+    torch.manual_seed(60)
     make = tokens_of(45)
     return Sample(lively(Transformer()), make(2, 12), (make(3, 17), make(1, 5)), "2 of 2 fused")

@@ -96,5 +96,5 @@ def build() -> Sample:
     make = tokens_of(46)
     model = lively(Decoder())
     return Sample(
-        model, make(2, 12), (make(3, 17), make(1, 5)), "2 of 2 fused", "relative_buckets.py"
+        model, make(2, 12), (make(3, 17), make(1, 5)), "2 of 2 fused", "at relative_buckets.py:"
     )

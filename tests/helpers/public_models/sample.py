@@ -40,5 +40,5 @@ def lively(module: AnyModule) -> AnyModule:
     """In eval mode, every parameter moved: biases of 0 and norms of 1 would hide mistakes."""
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+            parameter.add_(torch.randn_like(parameter) * 0.4)
     return module.eval()

@@ -89,4 +89,5 @@ def build() -> Sample:
         return (ids,)
 
     model = lively(Encoder(50, 16, 2, torch.device("cpu")))
-    return Sample(model, make(2, 12), (make(3, 17), make(2, 5)), "2 of 2 fused", "bidirectional")
+    refusal = "bidirectional: later tokens change earlier ones at tensor_scale.py:"
+    return Sample(model, make(2, 12), (make(3, 17), make(2, 5)), "2 of 2 fused", refusal)

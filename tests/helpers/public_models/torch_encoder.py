@@ -39,7 +39,7 @@ class TransformerModel(nn.Module):
 
     def forward(self, src):
         src = src.transpose(0, 1)
-        src_mask = nn.Transformer.generate_square_subsequent_mask(len(src)).to(src.device)
+        src_mask = nn.Transformer.generate_square_subsequent_mask(src.size(0)).to(src.device)
         x = self.pos_encoder(self.encoder(src) * math.sqrt(self.ninp))
         output = self.decoder(self.transformer_encoder(x, src_mask))
         return F.log_softmax(output, dim=-1).transpose(0, 1)

@@ -47,6 +47,19 @@ def written(x: Tensor) -> Tensor:
     return y
 
 
+def _tokens_first(x: Tensor) -> Tensor:
+    """[S * B, 8]"""
+    return x.transpose(0, 1).reshape(-1, 8)
+
+
+def _back(folded: Tensor, x: Tensor) -> Tensor:
+    return folded.view(x.shape[1], x.shape[0], 8).transpose(0, 1)
+
+
+def _halves_swapped(x: Tensor) -> Tensor:
+    return torch.cat(x.chunk(2, -1)[::-1], -1)
+
+
 KEEPS: dict[str, Body] = {
     "normalize": lambda x, w, ids: F.normalize(x, dim=-1),
     "glu": lambda x, w, ids: F.glu(torch.cat([x, x.cos()], -1)),
@@ -130,6 +143,9 @@ KEEPS: dict[str, Body] = {
     "dropout_off": lambda x, w, ids: F.rrelu(F.alpha_dropout(x, 0.5, training=False)),
     "new_ones": lambda x, w, ids: x * x.new_ones(x.shape[0], x.shape[1], 1),
     "count": lambda x, w, ids: x * (x > 0).count_nonzero(-1)[..., None],
+    "tokens_first": lambda x, w, ids: _back(F.linear(_tokens_first(x), w[:8]), x),
+    "tokens_first_chunk": lambda x, w, ids: _back(_halves_swapped(_tokens_first(x)), x),
+    "tokens_first_parts": lambda x, w, ids: _back(F.normalize(_tokens_first(x), dim=-1), x),
     "all_any": lambda x, w, ids: x * (x > 0).all(-1, keepdim=True) + (x < 0).any(-1, keepdim=True),
 }
 
@@ -207,5 +223,18 @@ MIXES: dict[str, tuple[Body, str]] = {
     ),
     "first_row": (lambda x, w, ids: x + x[:, :1], "aten.slice"),
     "row_before_last": (lambda x, w, ids: x + x[:, -2:-1], "aten.slice"),
+    "tokens_first": (lambda x, w, ids: _tokens_first(x).cos().view(x.shape), "aten.reshape"),
+    "tokens_first_chunk": (
+        lambda x, w, ids: _halves_swapped(_tokens_first(x)).view(x.shape),
+        "aten.reshape",
+    ),
+    "tokens_first_parts": (
+        lambda x, w, ids: F.normalize(_tokens_first(x), dim=-1).view(x.shape),
+        "aten.reshape",
+    ),
+    "tokens_first_and_last": (
+        lambda x, w, ids: _back(_tokens_first(x) + x.reshape(-1, 8), x),
+        "aten.add",
+    ),
     "length": (lambda x, w, ids: x / ids.shape[1], "aten.div"),
 }
