@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from graphopt.config import child_environment
 
@@ -75,6 +76,27 @@ def test_write_a_pass(tmp_path: Path) -> None:
     assert "one double negation folded" in printed
 
 
+def test_softmax_axis(tmp_path: Path) -> None:
+    """The program and what graphopt says about it are those of the README."""
+    script = ROOT / "examples" / "softmax_axis.py"
+    readme = (ROOT / "README.md").read_text()
+    said = re.findall(r"^```\n(fuse_attention: 0 of 1.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert said == [run(script, tmp_path).stdout]
+    (program,) = re.findall(r"^class Weighted.*?^        return .*?\n", readme, re.M | re.S)
+    assert program in script.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="what torch 2.13 computes")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_what_torch_compile_makes_of_the_softmax_axis(tmp_path: Path) -> None:
+    (shown,) = re.findall(r"^torch.compile: .*\n", (ROOT / "README.md").read_text(), re.MULTILINE)
+    script = ROOT / "examples" / "softmax_axis.py"
+    command = [sys.executable, str(script), "--inductor"]
+    printed = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert printed.stdout.endswith(shown)
+
+
 @pytest.mark.real_model
 def test_chat(tmp_path: Path) -> None:
     assert "red" in run(ROOT / "examples" / "chat.py", tmp_path).stdout.lower()
@@ -97,14 +119,14 @@ def test_wrong_rewrite(tmp_path: Path) -> None:
 
 def test_every_example_is_tested() -> None:
     scripts = {"compile_a_module.py", "write_a_pass.py", "chat.py", "wrong_rewrite.py"}
-    tested = {*scripts, "graphopt_acme"}
+    tested = {*scripts, "softmax_axis.py", "graphopt_acme"}
     found = {path.name for path in (ROOT / "examples").iterdir()} - {"__pycache__"}
     assert found == tested
 
 
 @pytest.mark.real_model
 def test_the_python_of_the_readme(tmp_path: Path) -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    _, block = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (tmp_path / "readme.py").write_text(block)
     assert "Paris" in run(tmp_path / "readme.py", tmp_path).stdout
     assert (tmp_path / "smollm2" / "manifest.json").exists()

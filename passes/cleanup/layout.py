@@ -113,8 +113,9 @@ def _takes_strides(target: torch._ops.OpOverload) -> bool:
 def fixes_layout(node: fx.Node) -> bool:
     """True for copies whose result is contiguous whatever they are given."""
     if is_call(node, aten.contiguous.default):
-        return tensor_inputs(node).get("memory_format", torch.contiguous_format) == (
-            torch.contiguous_format
+        return bool(
+            tensor_inputs(node).get("memory_format", torch.contiguous_format)
+            == torch.contiguous_format
         )
     is_clone = is_call(node, aten.clone.default)
     return is_clone and tensor_inputs(node).get("memory_format") == torch.contiguous_format

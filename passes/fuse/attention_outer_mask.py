@@ -15,6 +15,7 @@ from torch import fx
 from graphopt.ir.graph import argument, dtype_of, is_call
 from graphopt.ops.predicate import added_to
 from graphopt.passes.fuse.attention_operands import first, is_tensor
+from graphopt.passes.fuse.attention_walk import depends
 from graphopt.passes.fuse.walk import CASTS
 from graphopt.passes.masks.meaning import MaskMeaning
 from graphopt.passes.masks.scores import HIDDEN
@@ -68,8 +69,8 @@ def outer_mask(scores: fx.Node, product: fx.Node) -> OuterMask | None:
             if is_tensor(inner) and is_tensor(mask):
                 assert isinstance(inner, fx.Node)
                 assert isinstance(mask, fx.Node)
-                is_mask = not _depends(mask, product) and dtype_of(mask).is_floating_point
-                if is_mask and _depends(inner, product):
+                is_mask = not depends(mask, product) and dtype_of(mask).is_floating_point
+                if is_mask and depends(inner, product):
                     return OuterMask(inner, mask)
     if is_call(node, aten.masked_fill.Scalar) and argument(node, "value") <= HIDDEN:
         mask = node.args[1]
@@ -80,16 +81,3 @@ def outer_mask(scores: fx.Node, product: fx.Node) -> OuterMask | None:
         assert isinstance(inner, fx.Node)
         return OuterMask(inner, first(node), argument(node, "other"))
     return None
-
-
-def _depends(node: fx.Node, product: fx.Node) -> bool:
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current is product:
-            return True
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-    return False

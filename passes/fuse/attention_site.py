@@ -26,6 +26,7 @@ from graphopt.passes.fuse.attention_walk import (
     leads_to,
     products_below,
     read_sinks,
+    rounded,
     used_elsewhere,
     walk_down,
     without_row_maximum,
@@ -150,6 +151,10 @@ def _around(
     if used is not None:
         text = f"the scores are also used by {op_name(used)}"
         return Reject("scores-used", text, used, "use the scores for nothing but the softmax")
+    coarse = rounded(softmax, product, down.last)
+    if coarse is not None:
+        text = f"the scores or probabilities are rounded to {dtype_of(coarse)}"
+        return Reject("rounded-between", text, coarse, "keep them in the dtype of the values")
     site = _site(graph, down, scores, product, sinks)
     if isinstance(site, Reject):
         return site

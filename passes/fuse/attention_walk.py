@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from graphopt.ir.graph import Graph, argument, is_call, op_name, shape_of
+from graphopt.ir.graph import Graph, argument, dtype_of, is_call, op_name, shape_of
 from graphopt.passes.base import Reject
 from graphopt.passes.fuse.attention_operands import (
     COPIES,
@@ -172,3 +172,38 @@ def used_elsewhere(product: fx.Node, softmax: fx.Node) -> fx.Node | None:
             ):
                 return user
     return None
+
+
+def rounded(softmax: fx.Node, product: fx.Node, last: fx.Node) -> fx.Node | None:
+    """The first value between the product and `last` that is coarser than both: the op would
+    compute it as finely as they are."""
+    allowed = max(torch.finfo(dtype_of(node)).eps for node in (product, last))
+    above, below = [softmax], [user for user in softmax.users if user is not last]
+    seen: set[fx.Node] = set()
+    while above or below:
+        node, is_above = (above.pop(), True) if above else (below.pop(), False)
+        if node in seen or node is product or node.op == "output" or not is_tensor(node):
+            continue
+        seen.add(node)
+        dtype = dtype_of(node)
+        if dtype.is_floating_point and torch.finfo(dtype).eps > allowed:
+            return node
+        if is_above:
+            above += [x for x in node.all_input_nodes if x is product or depends(x, product)]
+        else:
+            below += [user for user in node.users if user is not last]
+    return None
+
+
+def depends(node: fx.Node, product: fx.Node) -> bool:
+    """True when `node` is computed from `product`."""
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current is product:
+            return True
+        if current not in seen:
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return False

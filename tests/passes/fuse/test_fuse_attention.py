@@ -293,6 +293,9 @@ def by_powers_of_two(s: Tensor) -> Tensor:
         (by_powers_of_two, "softmax-by-hand"),
         (lambda s: torch.exp(s - s.logsumexp(-1, keepdim=True)), "softmax-by-hand"),
         (torch.sigmoid, "not-softmax"),
+        (lambda s: s.bfloat16().softmax(-1).float(), "rounded-between"),
+        (lambda s: s.bfloat16().float().softmax(-1), "rounded-between"),
+        (lambda s: s.softmax(-1).half().float(), "rounded-between"),
         (lambda s: torch.log_softmax(s, -1), "not-softmax"),
     ],
 )
