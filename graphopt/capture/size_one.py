@@ -3,7 +3,8 @@
 torch traces with sizes of at least 2, so that `if n > 1:` is decided without a word. Where a model
 asks such a question, it is captured once more with that size fixed at 1, and the two graphs are
 compared call by call, every size of the first taken at 1. They may differ in what is the same for
-one row alone: a causal flag of attention whose queries and keys are one token each.
+one row alone: a causal flag of attention whose queries and keys are one token each, a mask that
+hides nothing then (`idle_masks.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.capture.bounds import turned_by_one
+from graphopt.capture.idle_masks import without_idle_mask
 from graphopt.capture.size_decisions import Decisions
 from graphopt.errors import CaptureError
 from graphopt.ir.graph import Graph, argument, is_call
@@ -38,6 +40,8 @@ _WHOLE = (
     aten.view.default,
     aten.reshape.default,
     aten.alias.default,
+    aten.contiguous.default,
+    aten.clone.default,
 )
 
 
@@ -132,6 +136,11 @@ class _Comparison:
                 if (a, b) in self.agreed:
                     continue
                 self.agreed.add((a, b))
+                if a.target != b.target:
+                    idle = without_idle_mask(a, self._number)
+                    if idle is not None:
+                        waiting.append((idle, b))
+                        continue
                 if a.op != b.op or a.target != b.target or not self._shapes_agree(a, b):
                     return False
                 if a.op == "call_function":
@@ -185,6 +194,10 @@ class _Comparison:
         operands: Any = node.args[:2]
         return all(self._size(o.meta["val"].shape[-2], self.ours) == 1 for o in operands)
 
+    def _number(self, node: fx.Node) -> int | None:
+        size = self._size(node, self.ours)
+        return int(size) if isinstance(size, sympy.Integer) else None
+
     def _size(self, value: Any, names: Mapping[sympy.Symbol, sympy.Expr]) -> sympy.Expr | None:
         """A size as an expression of names; None for a value that is no size."""
         if isinstance(value, fx.Node):
@@ -212,6 +225,8 @@ def _bound(node: fx.Node) -> dict[str, Any]:
             bound[spec.name] = node.args[index]
         else:
             bound[spec.name] = node.kwargs.get(spec.name, spec.default_value)
+    if is_call(node, aten.slice.Tensor) and bound["start"] is None:
+        bound["start"] = 0
     return bound
 
 

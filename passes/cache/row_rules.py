@@ -207,7 +207,9 @@ def _overloads(*names: str) -> Iterator[torch._ops.OpOverload]:
     """The functional overloads of aten ops, those with named axes left out."""
     for name in names:
         packet = getattr(aten, name)
-        for overload in map(packet.__getattr__, packet.overloads()):
+        for overload_name in packet.overloads():
+            # Asked for by __getattr__ itself, torch would make a second object of the same op.
+            overload = getattr(packet, overload_name)
             schema = overload._schema
             if not is_impure(overload) and "Dimname" not in str(schema):
                 yield overload

@@ -127,6 +127,10 @@ def _excluded(x: Tensor, n: int) -> Tensor:
     return x * 2 if n == 10 else x
 
 
+def _one_adds(x: Tensor, n: int) -> Tensor:
+    return x + torch.full((n, n), 0.5).triu(1)[:, :1] + torch.ones(n, 1) if n > 1 else x
+
+
 def _one_differs(x: Tensor, n: int) -> Tensor:
     return x * 2 if n == 1 else x
 
@@ -174,6 +178,7 @@ RULES: list[tuple[Callable[[Tensor, int], Tensor], list[str]]] = [
     (_area, ["batch*sequence <= 59 branch"]),
     (_excluded, ["sequence != 10 branch"]),
     (_one_differs, ["sequence >= 2 branch"]),
+    (_one_adds, ["sequence >= 2 branch"]),
     (_one_row, ["batch >= 2 branch"]),
     (_asserted, ["sequence >= 2 op"]),
     (_multiple, ["sequence % 4 == 0 op"]),
@@ -215,6 +220,11 @@ def test_a_squeeze_keeps_one_out() -> None:
     assert [str(limit) for limit in program.limits] == ["sequence >= 2"]
 
 
+def _scores(x: Tensor, n: int, masked: Callable[[Tensor], Tensor]) -> Tensor:
+    scores = x @ x.transpose(1, 2)
+    return (masked(scores) if n > 1 else scores).softmax(-1) @ x.contiguous()
+
+
 @pytest.mark.parametrize(
     "rule",
     [
@@ -223,6 +233,10 @@ def test_a_squeeze_keeps_one_out() -> None:
         lambda x, n: x.expand(-1, n, -1) if n > 1 else x,
         lambda x, n: x[:, : min(n, 4)],
         lambda x, n: x[:, 1:] + x[:, :-1],
+        lambda x, n: x * torch.ones(n, 4)[:, :1] if n > 1 else x * torch.ones(1, 4)[:, :1],
+        lambda x, n: _scores(x, n, lambda s: s + torch.full((n, n), float("-inf")).triu(1)),
+        lambda x, n: _scores(x, n, lambda s: s.masked_fill(torch.ones(n, n).triu(1) > 0, -1e9)),
+        lambda x, n: _scores(x, n, lambda s: torch.where(torch.ones(n, n).tril() > 0, s, -1e9)),
     ],
 )
 def test_what_is_the_same_for_one_is_no_limit(rule: Callable[[Tensor, int], Tensor]) -> None:

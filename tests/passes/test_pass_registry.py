@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from plugin_files import installed, pass_code, write_plugin
 
 import graphopt
+from graphopt.config import child_environment
 from graphopt.errors import PassError
 from graphopt.passes.registry import all_passes, default_passes, ordered, register
 
@@ -75,3 +78,25 @@ def test_a_stage_that_does_not_exist(stage: str | None) -> None:
     with pytest.raises(PassError, match=message):
         register(Mine)  # type: ignore[type-var]
     assert "mine" not in all_passes()
+
+
+def test_loading_passes_makes_no_second_object_of_an_op() -> None:
+    """What was imported before would recognise none of the ops that are captured afterwards."""
+    code = (
+        "import torch\n"
+        "packets = [getattr(torch.ops.aten, name) for name in torch.ops.aten]\n"
+        "def ops():\n"
+        "    return [getattr(p, o) for p in packets for o in p.overloads()]\n"
+        "from graphopt.ops.registry import load_all\n"
+        "before = ops()\n"
+        "from graphopt.passes.registry import all_passes\n"
+        "load_all(), all_passes()\n"
+        "import graphopt.program\n"
+        "assert len(before) > 300\n"
+        "assert all(a is b for a, b in zip(before, ops(), strict=True))\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=child_environment(), check=False
+    )
+    assert done.returncode == 0, done.stderr
