@@ -19,6 +19,7 @@ aten = torch.ops.aten
 NumberOf = Callable[[fx.Node], int | None]
 """The number that a node's size is; None when it stays open, or the node is no size."""
 
+_READ_TYPE = (aten.type_as.default, aten.to.other)
 _MOST_NODES = 50
 _MOST_ELEMENTS = 4096
 
@@ -50,6 +51,7 @@ def without_idle_mask(node: fx.Node, number_of: NumberOf) -> fx.Node | None:
 def _made(mask: fx.Node, number_of: NumberOf) -> Tensor | None:
     """The value of a node that depends on sizes alone; None for any other."""
     needed: set[fx.Node] = set()
+    values: dict[Any, Any] = {}
     waiting = [mask]
     while waiting:
         node = waiting.pop()
@@ -61,8 +63,12 @@ def _made(mask: fx.Node, number_of: NumberOf) -> Tensor | None:
         if torch.Tag.nondeterministic_seeded in tags:
             return None
         needed.add(node)
-        waiting += node.all_input_nodes
-    values: dict[fx.Node, Any] = {}
+        read = node.all_input_nodes
+        if is_call(node, *_READ_TYPE):
+            # Of the second operand only the dtype is read.
+            values[node.args[1]] = torch.empty(0, dtype=node.meta["val"].dtype)
+            read = [operand for operand in read if operand is not node.args[1]]
+        waiting += read
     for node in mask.graph.nodes:
         if node in needed:
             operands = [n for n in node.all_input_nodes if n not in values]

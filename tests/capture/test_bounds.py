@@ -235,6 +235,9 @@ def _scores(x: Tensor, n: int, masked: Callable[[Tensor], Tensor]) -> Tensor:
         lambda x, n: x[:, 1:] + x[:, :-1],
         lambda x, n: x * torch.ones(n, 4)[:, :1] if n > 1 else x * torch.ones(1, 4)[:, :1],
         lambda x, n: _scores(x, n, lambda s: s + torch.full((n, n), float("-inf")).triu(1)),
+        lambda x, n: _scores(
+            x, n, lambda s: s + torch.full((n, n), float("-inf")).triu(1).type_as(s)
+        ),
         lambda x, n: _scores(x, n, lambda s: s.masked_fill(torch.ones(n, n).triu(1) > 0, -1e9)),
         lambda x, n: _scores(x, n, lambda s: torch.where(torch.ones(n, n).tril() > 0, s, -1e9)),
     ],
