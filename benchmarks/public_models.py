@@ -41,6 +41,7 @@ def row(name: str) -> tuple[str, ...]:
     if not served:
         is_equal = outcome.tokens == outcome.wanted
         served = f"yes, {STEPS} greedy tokens " + ("equal" if is_equal else "**not equal**")
+        served += "".join(f"; {note}" for note in outcome.notes)
     wrong = "" if outcome.error < TOLERANCE else " **wrong**"
     return name, style, "yes", outcome.fused, f"{outcome.error:.1e}{wrong}", served
 

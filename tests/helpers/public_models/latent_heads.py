@@ -34,10 +34,10 @@ class MLA(nn.Module):
         kv = self.wkv_b(self.kv_norm(kv)).view(bsz, seqlen, self.heads, self.nope + self.v_dim)
         k_nope, v = torch.split(kv, [self.nope, self.v_dim], dim=-1)
         k = torch.cat([k_nope, k_pe.expand(-1, -1, self.heads, -1)], dim=-1)
-        scores = torch.einsum("bshd,bthd->bsht", q, k) * self.softmax_scale
-        scores += mask.unsqueeze(1)
+        scores = torch.einsum("bshd,bthd->bhst", q, k) * self.softmax_scale
+        scores += mask
         scores = scores.softmax(dim=-1, dtype=torch.float32).type_as(x)
-        return self.wo(torch.einsum("bsht,bthd->bshd", scores, v).flatten(2))
+        return self.wo(torch.einsum("bhst,bthd->bshd", scores, v).flatten(2))
 
 
 def turn(x, cos, sin):
