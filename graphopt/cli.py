@@ -14,7 +14,6 @@ import sys
 import time
 import traceback
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -47,7 +46,7 @@ from graphopt.models import BUILTINS, load
 from graphopt.passes.registry import all_passes, default_passes, ordered, origin
 from graphopt.program import Program
 from graphopt.report import grouped
-from graphopt.runtime import SamplingParams
+from graphopt.runtime.request import sampling_params
 from graphopt.storage import is_program, load_program, load_report
 
 app = typer.Typer(
@@ -73,7 +72,6 @@ class _Terminal(Console):
 
 console = _Terminal()
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-_MOST_TOKENS = 128
 
 DEMO_MODEL = "smollm2-135m"
 DEMO_PROMPT = "What is a compiler? Answer briefly."
@@ -154,20 +152,22 @@ def _valid(prompt: str) -> str:
 
 
 def _fitting(program: Program, prompt: str | list[int]) -> int:
-    """As many tokens as the context leaves after the prompt, at most _MOST_TOKENS."""
-    limit = program.executable.max_context
+    """As many tokens as the context leaves after the prompt, at most those of the model's default
+    settings."""
+    limit, most = program.executable.max_context, program.options.default_sampling.max_tokens
     has_length = not isinstance(prompt, str) or program.tokenizer is not None
     if limit is None or not has_length:
-        return _MOST_TOKENS
+        return most
     tokens = program.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    return max(1, min(_MOST_TOKENS, limit - len(tokens) + 1))
+    return max(1, min(most, limit - len(tokens) + 1))
 
 
-def stream(program: Program, prompt: str | list[int], params: SamplingParams) -> None:
-    """Print a completion as it is made, then its speed."""
+def stream(program: Program, prompt: str | list[int], **sampling: Any) -> None:
+    """Print a completion as it is made, then its speed. sampling: as of `Program.stream`; what is
+    not given is the model's own default."""
     start = time.perf_counter()
     first, count = 0.0, 0
-    for event in program.stream(prompt, params):
+    for event in program.stream(prompt, **sampling):
         count += event.token is not None
         first = first or time.perf_counter() - start
         console.out(event.text or "", end="", highlight=False)
@@ -198,7 +198,7 @@ def demo(
     """Fetch the built-in model (93 MB, once), compile it, and stream an answer."""
     program = open_program(DEMO_MODEL, activations="int8")
     console.print(Text(prompt, style="bold"))
-    stream(program, program.chat_prompt(prompt), SamplingParams(max_tokens=max_tokens))
+    stream(program, program.chat_prompt(prompt), max_tokens=max_tokens)
     console.print(program.report.table())
     console.print(times_table(program))
 
@@ -211,13 +211,20 @@ def generate(
     max_tokens: Annotated[
         int | None,
         typer.Option(
-            help=f"tokens to generate; default: {_MOST_TOKENS}, or what the context leaves",
+            help="tokens to generate; default: the model's own (128), or what the context leaves",
             show_default=False,
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="0 is off")] = 0,
-    top_p: Annotated[float, typer.Option(help="1 is off")] = 1.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="0 is greedy; default: the model's own", show_default=False),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="0 is off; default: the model's own", show_default=False)
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="1 is off; default: the model's own", show_default=False)
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="makes sampling repeatable")] = None,
     weights: Weights = None,
     dtype: Dtype = None,
@@ -225,21 +232,24 @@ def generate(
     backend: Backend = None,
 ) -> None:
     """Generate text with a model or a saved program."""
-    params = SamplingParams(
-        max_tokens=_MOST_TOKENS if max_tokens is None else max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    )
+    sampling: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    # Before a model is loaded for nothing.
+    sampling_params(None, sampling)
     prompt = _valid(prompt)
     program = open_program(
         model, weights=weights, dtype=dtype, activations=activations, backend=backend
     )
     asked = program.chat_prompt(prompt) if chat else prompt
     if max_tokens is None:
-        params = replace(params, max_tokens=_fitting(program, asked))
-    stream(program, asked, params)
+        sampling["max_tokens"] = _fitting(program, asked)
+    stream(program, asked, **sampling)
 
 
 @app.command()
@@ -285,8 +295,7 @@ def run(
         spins=not edit_after,
         **options,
     )
-    params = SamplingParams(max_tokens=max_tokens)
-    stream(program, program.chat_prompt(prompt) if chat else prompt, params)
+    stream(program, program.chat_prompt(prompt) if chat else prompt, max_tokens=max_tokens)
 
 
 @app.command("compile")

@@ -85,7 +85,8 @@ def may_alias(node: fx.Node) -> bool:
 def _is_view(target: torch._ops.OpOverload) -> bool:
     marks = [result.alias_info for result in target._schema.returns]
     returned = any(mark is not None and not mark.is_write for mark in marks)
-    is_copy = torch.Tag.view_copy in target.tags
+    # slice_scatter has the tag, too, and is no view.
+    is_copy = torch.Tag.view_copy in target.tags and target._schema.name.endswith("_copy")
     return returned or is_copy or target._schema.name == "aten::_unsafe_view"
 
 

@@ -98,6 +98,7 @@ def test_chains_of_copies_before_a_reader(seed: int) -> None:
         (lambda x: x.t().contiguous().view_as(x) + 1, 0),
         (lambda x: x.t().contiguous().unfold(0, 2, 1) + 1, 0),
         (lambda x: x.t().contiguous() @ x, 0),
+        (lambda x: x.t().contiguous().slice_scatter(x.t()[:, :2], 1, 0, 2), 0),
     ],
 )
 def test_a_copy_stays_exactly_where_it_is_needed(function: Function, kept: int) -> None:
