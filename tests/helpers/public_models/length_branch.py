@@ -1,5 +1,5 @@
 """A decoder with a Python branch on the length: plain causal attention while the window covers the
-sequence, a banded mask beyond; a smoothly capped loss head, value embeddings."""
+sequence, a banded mask beyond; a smoothly capped head."""
 
 from __future__ import annotations
 
