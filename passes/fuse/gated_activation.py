@@ -50,8 +50,9 @@ def is_activation(node: fx.Node) -> bool:
     user = only_user(node)
     if is_call(node, aten.sigmoid.default, aten.hardsigmoid.default):
         # A sigmoid that multiplies nothing is no activation: a router, a mask.
-        is_own_addend = user is not None and node.args[0] in user.args
-        return is_call(user, aten.mul.Tensor) or (is_call(user, *_ADDS) and is_own_addend)
+        if is_call(user, aten.mul.Tensor):
+            return True
+        return user is not None and is_call(user, *_ADDS) and node.args[0] in user.args
     if user is None or not is_call(user, *_ADDS, *_SUBTRACTIONS):
         return False
     if not any(isinstance(operand, (int, float)) for operand in user.args[:2]):

@@ -139,8 +139,6 @@ class AttentionProgram(nn.Module):
             k = q
         elif how == "v-is-k":
             v = k
-        elif how == "half-of-v":
-            v = torch.cat([v[..., : WIDTH // 2], v[..., : WIDTH // 2]], -1)
         elif how == "v-rounded":
             v = v.to(torch.bfloat16).float()
         elif how == "k-rounded":
@@ -385,8 +383,6 @@ class AttentionProgram(nn.Module):
             return torch.softmax(scores - scores.amax(-2, keepdim=True), axis)
         if c.softmax == "negative":
             return torch.softmax(-scores, axis)
-        if c.softmax == "softmin":
-            return F.softmin(scores, axis)
         if c.softmax == "hot":
             return torch.softmax(scores / 2.0, axis)
         if c.softmax == "logarithmic":
@@ -439,18 +435,12 @@ class AttentionProgram(nn.Module):
             return weights.flip(-1)
         if how == "renormalised":
             return weights / weights.sum(-1, keepdim=True)
-        if how == "renormalised-other-axis":
-            return weights / weights.sum(-2, keepdim=True)
         if how == "masked-after":
             return weights * pad_BS[:, None, None, :]
         if how == "diagonal-added":
             return weights + torch.eye(weights.shape[-1])
-        if how == "squared":
-            return weights * weights
         if how == "in-place":
             return weights.mul_(2.0)
-        if how == "nan-removed":
-            return weights.nan_to_num()
         if how == "heads-mixed":
             return weights.flip(-3)
         return weights
@@ -525,20 +515,20 @@ OPERANDS = words(
     """
     q-flipped k-flipped v-flipped k-rolled v-rolled k-heads-rolled v-heads-flipped v-batch-flipped
     k-width-flipped k-shifted v-shifted k-negative v-scaled contiguous
-    strided k-is-q v-is-k half-of-v v-rounded k-rounded q-double in-place
+    strided k-is-q v-is-k v-rounded k-rounded q-double in-place
     """
 )
 SOFTMAXES = words(
     """
-    float64 bfloat16 scores-rounded shifted shifted-other-axis negative softmin hot logarithmic
+    float64 bfloat16 scores-rounded shifted shifted-other-axis negative hot logarithmic
     log-softmax twice sigmoid exp exp-shifted exp-plus-one exp-other-sum exp-reciprocal exp2
     exp2-unscaled logsumexp
     """
 )
 PROBABILITIES = words(
     """
-    dropout-off scaled rounded transposed flipped renormalised renormalised-other-axis
-    diagonal-added squared in-place nan-removed heads-mixed masked-after
+    dropout-off scaled rounded transposed flipped renormalised
+    diagonal-added in-place heads-mixed masked-after
     """
 )
 MADE = words(
