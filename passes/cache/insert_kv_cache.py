@@ -96,6 +96,10 @@ class InsertKvCache(Pass[ServingPlan]):
                 tokens,
                 "capture with dynamic=True",
             )
+        try:
+            rows = trace_rows(graph, tokens)
+        except RowsMixedError as refusal:
+            return Reject(refusal.code, refusal.text, refusal.node)
         unserved = next(
             (limit for limit in graph.limits if not _is_servable(limit, graph, names)), None
         )
@@ -104,11 +108,8 @@ class InsertKvCache(Pass[ServingPlan]):
                 "limited-sizes",
                 f"a request grows a token at a time and is a batch of one, and {unserved.reason()}",
                 tokens,
+                "write the model so that it takes any length and any batch",
             )
-        try:
-            rows = trace_rows(graph, tokens)
-        except RowsMixedError as refusal:
-            return Reject(refusal.code, refusal.text, refusal.node)
         outputs = graph.output_nodes
         logits = outputs[0]
         if len(outputs) != 1 or not _is_logits(rows, logits):
