@@ -26,14 +26,16 @@ F = nn.functional
 
 
 class Positions(nn.Module):
-    """Learned positions for at most 64 tokens."""
+    """A language model with learned positions for at most 64 tokens."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.positions = nn.Embedding(50, 16), nn.Embedding(64, 16)
+        self.head = nn.Linear(16, 50)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.embed(input_ids) + self.positions.weight[: input_ids.shape[1]]
+        x = self.embed(input_ids) + self.positions.weight[: input_ids.shape[1]]
+        return self.head(x)
 
 
 class Head(nn.Module):
