@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.nn.modules import module as module_hooks
@@ -30,6 +32,12 @@ def check_capturable(module: nn.Module, is_positional: bool) -> None:
             if isinstance(part, kind):
                 raise CaptureError(
                     f"{where} is wrapped by {wrapper}; give the module inside (.{inside})"
+                )
+        for attribute, value in vars(part).items():
+            if isinstance(value, Iterator):
+                raise CaptureError(
+                    f"{where} holds an iterator ({attribute}), which a capture would use up; keep "
+                    "what it goes over instead"
                 )
         if isinstance(part, torch.jit.ScriptModule):
             raise CaptureError(

@@ -2,12 +2,13 @@
 
 A `Snapshot` holds the attributes of every submodule (parameters, buffers, hooks and modes are
 attributes), the containers and plain objects behind them, the class attributes and file globals
-that hold tensors, and, where asked, the contents of small tensors that are no parameters. Weights
-are never copied: they are compared by identity.
+that hold tensors or numbers, what functions of the model keep, and, where asked, the contents of
+small tensors that are no parameters. Weights are never copied: they are compared by identity.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -77,7 +78,7 @@ class Snapshot:
                 changes += _differences(path, before, now)
                 _refill(holder, before)
         for scope, names in self._scopes:
-            scope.restore(names)
+            changes += scope.restore(names)
         for tensor in self._tensors:
             tensor.restore()
         for generator, state in self._generators:
@@ -104,8 +105,22 @@ class Snapshot:
                 todo += [(f"{path}[{i}]", item) for i, item in enumerate(value)]
             elif _is_cache(value):
                 self._caches.append((value, value.cache_info().misses))
-            elif not isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
+            elif isinstance(value, types.FunctionType):
+                todo += self._kept_by(path, value)
+            elif not isinstance(value, (type, types.BuiltinFunctionType)):
                 todo += self._inside(path, value)
+
+    def _kept_by(self, path: str, function: types.FunctionType) -> list[tuple[str, Any]]:
+        """Note what a function of the model keeps: attributes, defaults, variables around it."""
+        if _is_library(str(function.__module__)):
+            return []
+        inside: list[tuple[str, Any]] = []
+        for holder in (function.__dict__, _Closure(function)):
+            before = _contents(holder)
+            self._holders.append((path, holder, before))
+            inside += _items(path, before)
+        defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        return inside + [(path, value) for value in defaults]
 
     def _inside(self, path: str, value: Any) -> list[tuple[str, Any]]:
         """Note a container or an object; what is in it."""
@@ -150,9 +165,9 @@ class Snapshot:
             held = dict(vars(owner))
             self._scopes.append((_Scope(owner), held))
             for name, value in held.items():
-                if type(value) in (dict, list, set, OrderedDict, deque) or (
-                    isinstance(value, Tensor) or _is_cache(value)
-                ):
+                is_container = type(value) in (dict, list, set, OrderedDict, deque)
+                is_function = isinstance(value, types.FunctionType)
+                if is_container or is_function or isinstance(value, Tensor) or _is_cache(value):
                     inside.append((f"{owner.__name__}.{name}", value))
         return inside
 
@@ -182,21 +197,46 @@ class _Slots:
             object.__delattr__(self._owner, name)
 
 
+class _Closure:
+    """The variables of an enclosing function that a function can rebind."""
+
+    def __init__(self, function: types.FunctionType) -> None:
+        names = function.__code__.co_freevars
+        self._cells = dict(zip(names, function.__closure__ or (), strict=True))
+
+    def read(self) -> dict[str, Any]:
+        values = {}
+        for name, cell in self._cells.items():
+            with contextlib.suppress(ValueError):  # not assigned yet
+                values[name] = cell.cell_contents
+        return values
+
+    def write(self, before: dict[str, Any]) -> None:
+        for name, value in before.items():
+            self._cells[name].cell_contents = value
+
+
 class _Scope:
     """A class or a file. Other threads and lazy imports write there too, so only names that came
-    to hold tensors are put back."""
+    to hold tensors or other numbers are put back."""
 
     def __init__(self, owner: Any) -> None:
         self._owner = owner
 
-    def restore(self, before: dict[str, Any]) -> None:
+    def restore(self, before: dict[str, Any]) -> list[Change]:
+        changes: list[Change] = []
         for name, value in list(vars(self._owner).items()):
-            if value is before.get(name, _MISSING) or not _holds(value, (Tensor, torch.SymInt)):
+            was = before.get(name, _MISSING)
+            is_counted = isinstance(was, _NUMBERS) and isinstance(value, _NUMBERS)
+            is_ours = is_counted or _holds(value, (Tensor, torch.SymInt))
+            if value is was or not is_ours:
                 continue
+            changes.append(Change(f"{self._owner.__name__}.{name}", was, value))
             if name in before:
                 setattr(self._owner, name, before[name])
             else:
                 delattr(self._owner, name)
+        return changes
 
 
 class _TensorState:
@@ -242,7 +282,7 @@ def _is_of_python(kind: type) -> bool:
 
 def _contents(value: Any) -> Any:
     """A shallow copy of what a container holds; None for anything else."""
-    if isinstance(value, _Slots):
+    if isinstance(value, (_Slots, _Closure)):
         return value.read()
     if isinstance(value, dict):
         return dict(value)
@@ -301,7 +341,7 @@ def _differences(path: str, before: Any, now: Any) -> list[Change]:
 
 
 def _refill(holder: Any, contents: Any) -> None:
-    if isinstance(holder, _Slots):
+    if isinstance(holder, (_Slots, _Closure)):
         holder.write(contents)
         return
     holder.clear()

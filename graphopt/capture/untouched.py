@@ -106,8 +106,10 @@ def _buffers_unwatched() -> Iterator[None]:
 def check_forgets(module: nn.Module, call: Mapping[str, Any], changes: Sequence[Change]) -> None:
     """Refuse a model that computes something else because of what an earlier call kept.
 
-    changes: what a run of forward rebinds. Runs the model twice on `call` where one of them could
-    matter. Raises CaptureError, also for a model without data (on the meta device).
+    changes: what a run of forward rebinds. Where one of them could matter, the model is run on
+    other values than those of `call`, afresh and after a run on `call`: the results must agree, and
+    no number may have gone on counting. Raises CaptureError, also for a model without data (on the
+    meta device).
     """
     kept = [change for change in changes if change.is_state]
     if not kept:
@@ -119,18 +121,48 @@ def check_forgets(module: nn.Module, call: Mapping[str, Any], changes: Sequence[
             "model without data; load the weights, or make it before capture"
         )
     snapshot = Snapshot(module, with_contents=True)
+
+    def run(*calls: Mapping[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
+        """Outputs of the last call, and what all of them left behind."""
+        try:
+            with torch.no_grad():
+                outputs = [_tensors(plain(module(**values))) for values in calls][-1]
+        finally:
+            left = {change.path: change.after for change in snapshot.restore()}
+        return outputs, left
+
+    other = {name: _other_values(value) for name, value in call.items()}
     try:
-        with torch.no_grad():
-            first = _tensors(plain(module(**call)))
-            second = _tensors(plain(module(**call)))
-    finally:
-        snapshot.restore()
-    if len(first) != len(second) or not all(map(_equal, first, second)):
+        fresh, once = run(other)
+    except Exception:
+        # Values that the model does not take; what is wrong with `call` itself, capture has told.
+        other = dict(call)
+        fresh, once = run(other)
+    again, twice = run(call, other)
+    counted = [
+        path
+        for path, value in once.items()
+        if isinstance(value, (int, float)) and value != twice.get(path, value)
+    ]
+    is_same = len(fresh) == len(again) and all(map(_equal, fresh, again))
+    if not is_same or counted:
+        how = "goes on from it" if is_same else "computes something else"
         raise CaptureError(
-            f"the model changes its state: forward sets {names}, and computes something else the "
-            "next time; graphopt captures pure forwards: take the state as an argument and "
+            f"the model changes its state: forward sets {', '.join(counted) or names}, and {how} "
+            "the next time; graphopt captures pure forwards: take the state as an argument and "
             "return it"
         )
+
+
+def _other_values(value: Any) -> Any:
+    """Other values of the same kind: floats at random, integers and bools from other places."""
+    if not isinstance(value, Tensor) or value.numel() == 0:
+        return value
+    if value.is_floating_point():
+        return torch.randn_like(value)
+    flipped = value.flip(list(range(value.ndim)))
+    is_new = not torch.equal(flipped, value)
+    return flipped if is_new else torch.zeros_like(value)
 
 
 def _tensors(output: Any) -> list[Tensor]:

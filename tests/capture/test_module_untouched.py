@@ -6,6 +6,7 @@ All families of `hf_families` are compared in the same way where `hf_roads` capt
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,7 +128,6 @@ KEEPING = [
     fills_a_global,
     calls_a_cached_function,
     fills_slots,
-    counts,
     switches_modes,
     adds_a_hook,
     reads_random_states,
@@ -230,6 +230,7 @@ FAILING: dict[str, tuple[Callable[[Net, Tensor], Tensor], type[BaseException], s
     "sets a buffer": (sets_a_buffer, CaptureError, r"its state: forward sets head\.steps, and"),
     "writes a plain tensor": (writes_a_plain_tensor, CaptureError, "changes its state.*plain"),
     "counts": (counts_and_adds, CaptureError, "changes its state: forward sets calls"),
+    "counts for nothing": (counts, CaptureError, "forward sets calls, and goes on from it"),
     "remembers": (remembers, CaptureError, "changes its state: forward sets last"),
     "writes a weight": (writes_a_weight, CaptureError, r"changes its state.*head\.weight"),
     "fixes the length": (fixes_the_length, CaptureError, "(?s)could not capture|sequence"),
@@ -302,3 +303,79 @@ def test_interfaces_of_transformers_are_put_back() -> None:
         capture(model, torch.rand(2, 9))
     assert interfaces() == before
     assert state_of(model) == state
+
+
+STEP = 0
+
+
+class Outside(nn.Module):
+    """A model whose state lies beside its attributes. how: where."""
+
+    number = 1
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.linear = how, nn.Linear(4, 4)
+        step = 0
+
+        def count() -> int:
+            nonlocal step
+            step += 1
+            return step
+
+        self.count = count
+        self.places = itertools.count() if how == "iterator" else None
+        self.last: Tensor | None = None
+        self.calls = 0
+
+    def forward(self, x: Tensor, kept: list[int] = []) -> Tensor:  # noqa: B006 (the fault itself)
+        global STEP
+        y = self.linear(x)
+        if self.how == "global":
+            STEP += 1
+            return y * STEP
+        if self.how == "class":
+            Outside.number += 1
+            return y * Outside.number
+        if self.how == "closure":
+            return y * self.count()
+        if self.how == "default":
+            kept.append(1)
+            return y * len(kept)
+        if self.how == "iterator" and self.places is not None:
+            return y * next(self.places)
+        if self.how == "every third call":
+            self.calls += 1
+            return y * 2 if self.calls % 3 == 0 else y
+        if self.how == "the first call":
+            self.last = y if self.last is None else self.last
+            return y + self.last
+        previous = y if self.last is None else self.last
+        self.last = 0.5 * (y + previous)
+        return self.last
+
+
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        ("global", r"\.STEP"),
+        ("class", r"Outside\.number"),
+        ("closure", r"step"),
+        ("default", r"Outside\.forward"),
+        ("iterator", r"holds an iterator \(places\)"),
+        ("every third call", r"forward sets calls, and goes on from it"),
+        ("the first call", r"forward sets last"),
+        ("smoothing", r"forward sets last"),
+    ],
+)
+def test_state_beside_the_attributes_is_refused_and_put_back(how: str, name: str) -> None:
+    model, x = Outside(how).eval(), torch.randn(3, 4)
+    before = STEP, Outside.number
+    with pytest.raises(CaptureError, match=name):
+        capture(model, x)
+    assert (STEP, Outside.number) == before
+    assert (model.last, model.calls) == (None, 0)
+    if how == "closure":
+        assert model.count() == 1
+    if how == "default":
+        assert Outside.forward.__defaults__ == ([],)
