@@ -81,6 +81,11 @@ class RequestError(GraphoptError):
     """A generation request whose parameters or tokens are not acceptable."""
 
 
+class ScoreRangeError(RequestError):
+    """Scores of attention that lie where a hidden key would weigh something beside a seen one: the
+    serving graph, which leaves hidden keys out, would compute something else than the model."""
+
+
 class CapacityError(RequestError):
     """A request that could never fit into the KV cache, or the queue is full."""
 

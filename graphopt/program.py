@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,7 +23,7 @@ from graphopt.codegen.backend import (
     KernelCall,
     ServingExecutable,
 )
-from graphopt.errors import RequestError, RowDependenceError, did_you_mean
+from graphopt.errors import RequestError, RowDependenceError, ScoreRangeError, did_you_mean
 from graphopt.inputs import check_inputs, input_types, sequence_name, size_limits
 from graphopt.ir.assumptions import check_assumptions
 from graphopt.ir.graph import Graph, shape_of
@@ -142,7 +143,9 @@ class Program:
         try:
             if self._serving is not None and len(values) == 1:
                 (logits,) = self.graph.output_nodes
-                return whole_prompt_logits(self.executable, values[0], shape_of(logits))
+                # The graph without a cache computes the hidden keys, too.
+                with suppress(ScoreRangeError):
+                    return whole_prompt_logits(self.executable, values[0], shape_of(logits))
             if self._forward is None:
                 self._forward = self._backend.lower(self._with_weights(self.graph))
             outputs = self._forward(*values)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 
-from graphopt.errors import BackendError, RequestError
+from graphopt.errors import BackendError, ScoreRangeError
 from graphopt.ops import paged_attention
 
 ABI_VERSION = 2
@@ -200,7 +200,7 @@ class NativeLibrary:
         `bases` are addresses that the operands index; `syms` has Sym.SYM_COUNT extents. Releases
         the interpreter lock; concurrent calls queue up. Nothing is bounds-checked: the plan must
         be right. Raises BackendError naming the instruction that a kernel cannot execute,
-        RequestError for scores outside the bounds of attention.
+        ScoreRangeError for scores outside the bounds of attention.
         """
         status = self._run(instrs, len(instrs), bases, syms, threads)
         if status == 0:
@@ -216,7 +216,7 @@ class NativeLibrary:
             )
         least_peak, most_peak = instrs[status - 1].attrs_f[2:4]
         if number == Op.OP_PAGED_ATTENTION and least_peak < most_peak:
-            raise RequestError(paged_attention.peak_error(least_peak, most_peak))
+            raise ScoreRangeError(paged_attention.peak_error(least_peak, most_peak))
         raise BackendError(
             f"instruction {status - 1} ({name}) has a dtype or attribute its kernel does not take"
         )

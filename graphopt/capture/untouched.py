@@ -73,11 +73,19 @@ def each_run_untouched(module: nn.Module, changes: list[Change]) -> Iterator[Non
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         snapshot = Snapshot(module)
+        drawn = _random_states()
         with _buffers_unwatched():
             try:
-                return plain(original(*args, **kwargs))
+                outputs = plain(original(*args, **kwargs))
             finally:
                 changes[:] = snapshot.restore()
+        for source, state in _random_states().items():
+            if state != drawn.get(source, state):
+                raise CaptureError(
+                    f"forward draws random numbers from {source}, which a capture would burn in; "
+                    "draw them with torch, or give them to forward as an argument"
+                )
+        return outputs
 
     forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     previous = module.__dict__.get("forward")
@@ -88,6 +96,15 @@ def each_run_untouched(module: nn.Module, changes: list[Change]) -> Iterator[Non
         del module.__dict__["forward"]
         if previous is not None:
             module.__dict__["forward"] = previous
+
+
+def _random_states() -> dict[str, str]:
+    """What the generators of Python and numpy will draw next, in a form that compares."""
+    numpy = sys.modules.get("numpy")
+    states = {"Python's random": repr(hash(random.getstate()))}
+    if numpy is not None:
+        states["numpy.random"] = repr(numpy.random.get_state())
+    return states
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphopt.errors import RequestError
+from graphopt.errors import ScoreRangeError
 from graphopt.ops import attention
 from graphopt.ops.registry import Cost, define, nbytes
 
@@ -60,7 +60,7 @@ def reference(
             masks = attention.Masks(sizes, None, None, (), True, window, "", "", "")
             peak = masks.applied(found, range(last - first)).amax(-1)
             if bool(((peak < least_peak) | (peak > most_peak)).any()):
-                raise RequestError(peak_error(least_peak, most_peak))
+                raise ScoreRangeError(peak_error(least_peak, most_peak))
         out_BHTE[:, :, first:last] = attention.reference(
             q_BHTD[:, :, first:last],
             k_1GTD,
