@@ -93,7 +93,7 @@ def test_a_causal_convolution_is_named_with_its_line() -> None:
             return self.head(self.conv(x_BDS).transpose(1, 2))
 
     model = Plain().eval()
-    model.conv = nn.Conv1d(16, 16, 3, padding=1)
+    model.conv = nn.Conv1d(16, 16, 3, padding=1).eval()
     with pytest.raises(RowDependenceError, match=r"aten\.conv1d .*test_program\.py:\d+"):
         graphopt.compile(model, torch.ones((2, 8), dtype=torch.int64), serving="required")
 

@@ -29,7 +29,6 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from graphopt.capture import capture
 from graphopt.capture.mask_marker import MASK
-from graphopt.errors import CaptureError
 from graphopt.ir.graph import Graph, argument
 from graphopt.ops import attention
 
@@ -124,10 +123,13 @@ def test_dynamic_sizes(name: str) -> None:
         check(model, graph, *shape)
 
 
-def test_a_model_that_computes_with_its_longest_sequence_says_so() -> None:
-    # MPT cuts its bias at max(0, longest - length), which torch.export cannot bound.
-    with pytest.raises(CaptureError, match=r"(?s)Constraints violated \(sequence\).*dynamic="):
-        capture(model_of("mpt"), ids(2, 16))
+def test_a_model_that_computes_with_its_longest_sequence_is_limited_to_it() -> None:
+    # MPT cuts its bias at max(0, longest - length).
+    model = model_of("mpt")
+    graph = capture(model, ids(2, 16))
+    for length in (3, 16, 40):
+        check(model, graph, 3, length)
+    assert any("64" in str(limit) for limit in graph.limits)
 
 
 @pytest.mark.parametrize("name", ["bloom", "gptj", "falcon"])

@@ -56,7 +56,8 @@ def test_a_library_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
     path = build.build_library()
     monkeypatch.setattr(abi, "Instr", Longer)
-    with pytest.raises(BackendError, match=r"ABI 1 with \d+-byte instructions.*delete the file"):
+    told = rf"ABI {abi.ABI_VERSION} with \d+-byte instructions.*delete the file"
+    with pytest.raises(BackendError, match=told):
         abi.NativeLibrary(path)
 
 
