@@ -186,7 +186,7 @@ def test_scores_that_a_served_mask_does_not_hide_are_refused(is_added: bool, bac
         assert (program(ids) - model(ids)).abs().max() <= 1e-5
         model.qkv.weight[:16] *= 1e5
     program = graphopt.compile(model, ids, backend=backend)
-    with pytest.raises(ScoreRangeError, match="highest score lies outside.*serving='off'"):
+    with pytest.raises(ScoreRangeError, match=r"highest score lies outside.*serving='off'"):
         program.generate([1, 2, 3, 4, 5, 6], max_tokens=2)
     # A call computes the hidden keys, too, where they weigh something.
     exact = graphopt.compile(model, ids, backend=backend, serving="off")
