@@ -120,7 +120,10 @@ class Snapshot:
             self._holders.append((path, holder, before))
             inside += _items(path, before)
         defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        return inside + [(path, value) for value in defaults]
+        inside += [(path, value) for value in defaults]
+        # Objects behind a function (a test tool's, a decorator's) have lives of their own.
+        kinds = (dict, list, set, deque, Tensor, types.FunctionType)
+        return [(name, value) for name, value in inside if isinstance(value, kinds)]
 
     def _inside(self, path: str, value: Any) -> list[tuple[str, Any]]:
         """Note a container or an object; what is in it."""
