@@ -219,12 +219,7 @@ def _bound(node: fx.Node) -> dict[str, Any]:
     """Arguments by name, the defaults of the schema filled in."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return {**{str(index): value for index, value in enumerate(node.args)}, **node.kwargs}
-    bound: dict[str, Any] = {}
-    for index, spec in enumerate(node.target._schema.arguments):
-        if not spec.kwarg_only and index < len(node.args):
-            bound[spec.name] = node.args[index]
-        else:
-            bound[spec.name] = node.kwargs.get(spec.name, spec.default_value)
+    bound = {spec.name: argument(node, spec.name) for spec in node.target._schema.arguments}
     if is_call(node, aten.slice.Tensor) and bound["start"] is None:
         bound["start"] = 0
     return bound
