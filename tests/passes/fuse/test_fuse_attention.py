@@ -11,67 +11,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from run_graph import CLEANUP, apply, assert_close, assert_idempotent, run
+from attention_block import WIDTH, Attention, code, fuse, the_attention
+from run_graph import CLEANUP, apply, assert_close, run
 from tiny_models import tiny_llama
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphopt
 from graphopt.capture import capture
-from graphopt.ir.graph import Graph, argument
+from graphopt.ir.graph import argument
 from graphopt.models.bert_like import BertLike, BertLikeConfig
 from graphopt.models.gpt2_like import GPT2Like, GPT2LikeConfig
 from graphopt.ops import attention
-from graphopt.report import Report
 
-HEADS, WIDTH = 4, 8
 Scores = Callable[[Tensor, Tensor], Tensor]
-
-
-class Attention(nn.Module):
-    """q, k, v projections of embedded ids around `attend(q, k, v)`."""
-
-    def __init__(self, attend: Callable[..., Tensor], kv_heads: int = HEADS) -> None:
-        super().__init__()
-        self.attend, self.kv_heads = attend, kv_heads
-        self.embed = nn.Embedding(50, HEADS * WIDTH)
-        self.q = nn.Linear(HEADS * WIDTH, HEADS * WIDTH)
-        self.k = nn.Linear(HEADS * WIDTH, kv_heads * WIDTH)
-        self.v = nn.Linear(HEADS * WIDTH, kv_heads * WIDTH)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        x = self.embed(input_ids)
-        q, k, v = (
-            p(x).view(x.shape[0], x.shape[1], -1, WIDTH).transpose(1, 2)
-            for p in (self.q, self.k, self.v)
-        )
-        return self.attend(q, k, v).transpose(1, 2).flatten(2)
-
-
-def fuse(attend: Callable[..., Tensor], kv_heads: int = HEADS) -> tuple[Graph, Report]:
-    """Fused graph; its values are checked against the graph before."""
-    torch.manual_seed(0)
-    ids = torch.randint(0, 50, (3, 11))
-    graph = capture(Attention(attend, kv_heads).eval(), ids)
-    before = run(graph, ids)
-    report = apply(graph, *CLEANUP, "fuse_attention", "dead_code")
-    assert_close(run(graph, ids), before)
-    assert_idempotent(graph, ["fuse_attention", "dead_code"])
-    return graph, report
-
-
-def the_attention(graph: Graph) -> dict[str, object]:
-    (node,) = graph.calls(attention.SPEC.overload)
-    names = ("mask", "pad_BT", "scale", "causal", "window", "softcap", "predicate", "bias")
-    return {name: argument(node, name) for name in names}
-
-
-def code(attend: Callable[..., Tensor]) -> str:
-    graph, report = fuse(attend)
-    assert not graph.calls(attention.SPEC.overload)
-    (rejection,) = report.rejections("fuse_attention")
-    assert rejection.source.startswith("test_fuse_attention.py:")
-    return rejection.code
 
 
 def iota(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,33 +227,6 @@ def test_rejections_carry_their_codes() -> None:
     assert code(scores) == "scores-used"
     assert code(dropout) == "dropout-on"
     assert code(router) == "no-value-product"
-
-
-def by_exponentials(s: Tensor) -> Tensor:
-    powers = torch.exp(s - s.amax(-1, keepdim=True))
-    return powers / powers.sum(-1, keepdim=True)
-
-
-def by_powers_of_two(s: Tensor) -> Tensor:
-    powers = torch.exp2(s * 1.44269504)
-    return powers * powers.sum(-1, keepdim=True).reciprocal()
-
-
-@pytest.mark.parametrize(
-    ("normalise", "expected"),
-    [
-        (by_exponentials, "softmax-by-hand"),
-        (by_powers_of_two, "softmax-by-hand"),
-        (lambda s: torch.exp(s - s.logsumexp(-1, keepdim=True)), "softmax-by-hand"),
-        (torch.sigmoid, "not-softmax"),
-        (lambda s: s.bfloat16().softmax(-1).float(), "rounded-between"),
-        (lambda s: s.bfloat16().float().softmax(-1), "rounded-between"),
-        (lambda s: s.softmax(-1).half().float(), "rounded-between"),
-        (lambda s: torch.log_softmax(s, -1), "not-softmax"),
-    ],
-)
-def test_what_looks_like_a_softmax(normalise: Callable[[Tensor], Tensor], expected: str) -> None:
-    assert code(lambda q, k, v: normalise(q @ k.transpose(2, 3) * 0.5) @ v) == expected
 
 
 def test_the_hook_is_adopted_once_a_layer() -> None:
