@@ -43,7 +43,9 @@ from graphopt.errors import (
 from graphopt.graph_diff import collapsed_diff, read_line
 from graphopt.ir.graph import Graph
 from graphopt.ir.printer import print_graph
+from graphopt.json_file import MOST_BYTES, parse_json, read_object
 from graphopt.program import Program
+from graphopt.regular_file import check_regular
 from graphopt.report import LOGGER, Report
 from graphopt.trace import CAPTURE, Trace, TraceStep, read_trace
 
@@ -335,11 +337,8 @@ def is_dump(folder: Path) -> bool:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a dump. Raises ProgramFormatError when it is none."""
     path = folder / MANIFEST
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ProgramFormatError(f"{path} is damaged: {error!r}") from error
-    if not isinstance(data, dict) or not isinstance(data.get("files"), dict):
+    data = read_object(path, ProgramFormatError)
+    if not isinstance(data.get("files"), dict):
         raise ProgramFormatError(f"{path} is the manifest of no dump")
     return data
 
@@ -354,8 +353,12 @@ def read_dump(folder: str | Path) -> tuple[Trace, Report]:
         raise ProgramFormatError(
             f"{path} has format {manifest.get('format')!r}, this graphopt reads {FORMAT}"
         )
+    check_regular(path / REPORT, ProgramFormatError)
     try:
-        data = json.loads(gzip.decompress((path / REPORT).read_bytes()))
+        with gzip.open(path / REPORT) as file:
+            # A small file can hold any number of bytes.
+            text = file.read(MOST_BYTES)
+        data = parse_json(text, str(path / REPORT), ProgramFormatError)
         report = Report.from_dict(data)
         report.seconds, report.notes = dict(data["seconds"]), list(data["notes"])
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:

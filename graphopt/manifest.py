@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -20,12 +21,15 @@ import torch
 import graphopt
 from graphopt.errors import ProgramFormatError, RequestError
 from graphopt.ir.limits import Limit
+from graphopt.json_file import read_object
 from graphopt.program import KV_DTYPES, Program, ProgramOptions
+from graphopt.regular_file import check_all_regular
 from graphopt.report import Rejection
 from graphopt.runtime.request import sampling_from_plain
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_MOST_BYTES = 1 << 24
 FORWARD, SERVING, WEIGHTS = "forward.gir", "serving.gir", "weights.safetensors"
 
 
@@ -64,15 +68,12 @@ def read_manifest(folder: Path) -> Manifest:
     missing, altered or unlisted.
     """
     path = folder / MANIFEST
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ProgramFormatError(f"{folder} is no saved program: {MANIFEST} is missing") from None
-    except (ValueError, OSError) as error:
-        raise ProgramFormatError(f"{path} is damaged: {error!r}") from error
+    if not os.path.lexists(path):
+        raise ProgramFormatError(f"{folder} is no saved program: {MANIFEST} is missing")
+    data = read_object(path, ProgramFormatError, most_bytes=_MOST_BYTES)
     entries = {"format": _is_int, "options": _is_dict, "files": _is_dict}
     for name, is_legal in entries.items():
-        if not _is_dict(data) or not is_legal(data.get(name)):
+        if not is_legal(data.get(name)):
             raise ProgramFormatError(f"{path} is damaged: {name!r} is missing or of another type")
     if data["format"] != FORMAT:
         raise ProgramFormatError(
@@ -94,7 +95,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _check_files(folder: Path, listed: Mapping[str, Any], needed: list[str]) -> None:
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    found = [p for p in folder.rglob("*") if not p.is_dir()]
+    check_all_regular(found, ProgramFormatError)
+    present = {p.relative_to(folder).as_posix() for p in found}
     for name in sorted(present - {MANIFEST} - set(listed)):
         raise ProgramFormatError(f"{folder / name} is not listed in the manifest")
     for name, expected in listed.items():
@@ -133,8 +136,11 @@ def _value(data: Any) -> Any:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ProgramFormatError(f"{path} cannot be read: {error}") from error
 
 
 def _is_dict(value: Any) -> bool:

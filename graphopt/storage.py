@@ -36,6 +36,7 @@ from graphopt.codegen.cpu.backend import select
 from graphopt.errors import ProgramFormatError
 from graphopt.ir.parser import parse_graph
 from graphopt.ir.printer import print_graph
+from graphopt.json_file import parse_json, read_object
 from graphopt.manifest import (
     FORWARD,
     MANIFEST,
@@ -46,6 +47,7 @@ from graphopt.manifest import (
 )
 from graphopt.options import check_threads
 from graphopt.program import Program
+from graphopt.regular_file import check_regular
 from graphopt.report import Report
 from graphopt.trace import read_trace
 
@@ -247,7 +249,7 @@ def _read_report(folder: Path) -> Report:
     if not file.exists():
         return Report()
     try:
-        return Report.from_dict(json.loads(file.read_text()))
+        return Report.from_dict(read_object(file, ProgramFormatError))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ProgramFormatError(f"{file} is damaged: {error!r}") from error
 
@@ -258,11 +260,12 @@ def mapped_weights(path: Path) -> dict[str, Tensor]:
     The pages of a weight go when the weight is released; safetensors maps the file as a whole, and
     its pages stay for as long as any weight does. Raises ProgramFormatError for a damaged file.
     """
+    check_regular(path, ProgramFormatError)
     try:
         # Opening checks the whole header.
         with safe_open(path, framework="pt"), path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length))
+            header: dict[str, Any] = parse_json(file.read(length), str(path), ProgramFormatError)
     except (SafetensorError, OSError) as error:
         raise ProgramFormatError(f"{path} is damaged: {error}") from error
     header.pop("__metadata__", None)

@@ -18,6 +18,8 @@ from transformers import AutoConfig, PretrainedConfig
 from graphopt.errors import UnsupportedError, WeightFormatError
 from graphopt.models.gguf_file import GgufFile
 from graphopt.models.gguf_keys import check_keys, uniform
+from graphopt.models.gguf_schema import check_sizes
+from graphopt.models.schema import one_line
 
 # Control tokens that end a turn or a document in the model families above. Files name only one of
 # them as eos; llama.cpp stops at all of these, and so do we.
@@ -64,26 +66,36 @@ def architecture_of(file: GgufFile) -> Architecture:
 def build_config(file: GgufFile) -> tuple[PretrainedConfig, tuple[str, ...]]:
     """The Hugging Face configuration, and what a user should know of keys that are not in it.
 
-    Raises UnsupportedError and WeightFormatError.
+    Raises UnsupportedError and WeightFormatError; the sizes are those of the file's tensors.
     """
     meta = _Metadata(file)
     architecture = architecture_of(file)
     _refuse_what_is_not_modelled(file, meta)
     notes = check_keys(file.path, file.metadata, file.metadata["general.architecture"])
     hidden, heads = meta["embedding_length"], meta["attention.head_count"]
+    kv_heads = meta.get("attention.head_count_kv", heads)
     head_dim = meta.get("attention.key_length", meta.get("rope.dimension_count", hidden // heads))
     if meta.get("rope.dimension_count", head_dim) != head_dim:
         raise UnsupportedError(
             f"{file.path} rotates only {meta['rope.dimension_count']} of {head_dim} columns of a "
             "head; only full rotation is supported"
         )
+    rows = _vocabulary_size(file, meta)
+    check_sizes(
+        file,
+        {
+            **{"hidden": hidden, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim},
+            **{"feed_forward": meta["feed_forward_length"], "blocks": meta["block_count"]},
+        },
+    )
+    pad = file.metadata.get("tokenizer.ggml.padding_token_id")
     settings: dict[str, Any] = {
-        "vocab_size": _vocabulary_size(file, meta),
+        "vocab_size": rows,
         "hidden_size": hidden,
         "intermediate_size": meta["feed_forward_length"],
         "num_hidden_layers": meta["block_count"],
         "num_attention_heads": heads,
-        "num_key_value_heads": meta.get("attention.head_count_kv", heads),
+        "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "max_position_embeddings": meta["context_length"],
         "rms_norm_eps": meta["attention.layer_norm_rms_epsilon"],
@@ -91,13 +103,20 @@ def build_config(file: GgufFile) -> tuple[PretrainedConfig, tuple[str, ...]]:
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
-        "pad_token_id": file.metadata.get("tokenizer.ggml.padding_token_id"),
+        # Nothing reads it; some files name one that they do not have.
+        "pad_token_id": pad if pad is not None and pad < rows else None,
     }
     if architecture.model_type in ("llama", "qwen3"):
         settings["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     if architecture.model_type == "llama":
         settings["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
-    return AutoConfig.for_model(architecture.model_type, **settings), notes
+    try:
+        return AutoConfig.for_model(architecture.model_type, **settings), notes
+    # The configuration class has checks of its own.
+    except Exception as error:
+        raise UnsupportedError(
+            f"{file.path} has metadata that transformers does not take: {one_line(error)}"
+        ) from error
 
 
 def gguf_names(file: GgufFile, parameters: Iterable[str]) -> dict[str, str]:
@@ -203,5 +222,10 @@ def _vocabulary_size(file: GgufFile, meta: _Metadata) -> int:
     if stated != rows:
         raise WeightFormatError(
             f"{file.path} says vocab_size={stated!r}, but token_embd.weight has {rows} rows"
+        )
+    tokens = len(file.metadata.get("tokenizer.ggml.tokens", []))
+    if tokens > rows:
+        raise WeightFormatError(
+            f"{file.path} has {tokens} tokens, but token_embd.weight has {rows} rows"
         )
     return rows

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from graphopt.errors import UnsupportedError, WeightFormatError
+from graphopt.models.schema import short
 
 HONOURED = frozenset(
     {
@@ -126,12 +127,6 @@ def check_keys(path: Path, metadata: Mapping[str, Any], architecture: str) -> tu
         if key.startswith(prefix):
             _check(path, key, metadata, prefix)
     return tuple(_told(path, metadata, prefix))
-
-
-def short(value: Any) -> str:
-    """`repr`, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:50]}..."
 
 
 def uniform(path: Path, key: str, value: Any) -> Any:

@@ -30,10 +30,10 @@ from graphopt.ir.weights import PackedWeight
 from graphopt.models.gguf_blocks import PACKABLE, pack_blocks, take_rows
 from graphopt.models.gguf_config import architecture_of, build_config, end_token_ids, gguf_names
 from graphopt.models.gguf_file import GgufFile, GgufTensor
-from graphopt.models.gguf_keys import short
 from graphopt.models.gguf_split import open_model
 from graphopt.models.gguf_tokenizer import load_tokenizer
 from graphopt.models.meta import meta_parameters
+from graphopt.models.schema import short
 
 
 def load_gguf(

@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from graphopt.errors import WeightFormatError
 from graphopt.models.gguf_file import GgufFile, GgufTensor, open_gguf
+from graphopt.models.gguf_schema import check_types
 
 _NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
@@ -23,11 +23,11 @@ def open_model(path: Path) -> GgufFile:
 
     Raises WeightFormatError naming the part that is missing or does not fit.
     """
-    file = open_gguf(path)
+    file = _open(path)
     count = file.metadata.get("split.count", 1)
     if count in (0, 1):
         return file
-    parts = [open_gguf(part) for part in _paths(path, count)]
+    parts = [_open(part) for part in _paths(path, count)]
     tensors: dict[str, GgufTensor] = {}
     for number, part in enumerate(parts):
         stated = {"split.no": number, "split.count": count}
@@ -50,11 +50,17 @@ def open_model(path: Path) -> GgufFile:
     return replace(parts[0], tensors=tensors)
 
 
-def _paths(path: Path, count: Any) -> list[Path]:
+def _open(path: Path) -> GgufFile:
+    file = open_gguf(path)
+    check_types(path, file.metadata)
+    return file
+
+
+def _paths(path: Path, count: int) -> list[Path]:
     match = _NAME.fullmatch(path.name)
     if match is None or int(match["count"]) != count:
         raise WeightFormatError(
-            f"{path} is part of a model in {count!r} files (split.count), but is not called "
+            f"{path} is part of a model in {count} files (split.count), but is not called "
             f"NAME-00001-of-{count:05}.gguf, so the others cannot be found; give the files the "
             "names they were made with"
         )

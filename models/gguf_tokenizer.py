@@ -32,8 +32,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from graphopt.config import Config
 from graphopt.models.gguf_file import GgufFile
-from graphopt.models.gguf_keys import short
 from graphopt.models.gguf_pretokenizer import DEFAULT, PRE_TOKENIZERS, PreTokenizer
+from graphopt.models.schema import short
 
 _REVISION = 2
 _CONTROL, _USER_DEFINED = 3, 4
