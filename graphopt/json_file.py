@@ -37,7 +37,7 @@ def read_object(
     """The object in the JSON file `path`; any other value is an error, too."""
     value = read_json(path, error, most_bytes=most_bytes)
     if not isinstance(value, dict):
-        raise error(f"{path} holds a {type(value).__name__}; it must be an object")
+        raise error(f"{path} is damaged: it holds a {type(value).__name__} and must be an object")
     return value
 
 
@@ -48,7 +48,7 @@ def parse_json(data: bytes | str, name: str, error: type[GraphoptError]) -> Any:
         value = json.loads(text, object_pairs_hook=_object)
     # UnicodeDecodeError and JSONDecodeError are both of this kind.
     except ValueError as failure:
-        raise error(f"{name} is not valid JSON: {failure}") from failure
+        raise error(f"{name} is not valid JSON, so it is damaged: {failure}") from failure
     except RecursionError:
         raise _too_deep(name, error) from None
     if _is_deep(value):
@@ -61,7 +61,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         for name, value in pairs:
             if result[name] != value:
-                raise ValueError(f"{name!r} is there twice, as {value!r:.60} and {result[name]!r:.60}")
+                raise ValueError(
+                    f"{name!r} is there twice, as {value!r:.60} and {result[name]!r:.60}"
+                )
     return result
 
 

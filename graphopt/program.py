@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from graphopt.chat_template import chat_ids
 from graphopt.codegen.backend import (
     Backend,
     ForwardExecutable,
@@ -210,15 +211,14 @@ class Program:
         return self.engine().stream(cast(Any, prompt), chosen)
 
     def chat_prompt(self, message: str) -> list[int]:
-        """Token ids of a user message in the model's chat template."""
+        """Token ids of a user message in the model's chat template.
+
+        The template runs in a process of its own, one second and half a gigabyte at most. Raises
+        RequestError for one that takes more or fails, and without a tokenizer.
+        """
         if self.tokenizer is None:
             raise RequestError("this program has no tokenizer; pass token ids")
-        if not getattr(self.tokenizer, "chat_template", None):
-            return list(self.tokenizer.encode(message))
-        ids = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        return list(ids)
+        return chat_ids(self.tokenizer, message)
 
     def weights(self) -> Mapping[str, Tensor]:
         """All weights by name, those held in kernel layouts converted back bit for bit."""

@@ -36,7 +36,7 @@ def check_regular(path: Path, error: type[GraphoptError]) -> int:
         raise error(f"{path} cannot be read: {failure}") from failure
     if not stat.S_ISREG(found.st_mode):
         kind = next((name for test, name in _KINDS if test(found.st_mode)), "no regular file")
-        raise error(f"{path} is {kind}; a regular file must be in its place")
+        raise error(f"{path} is damaged: it is {kind}, and must be a regular file")
     return found.st_size
 
 

@@ -224,6 +224,7 @@ def load_report(folder: str | Path) -> Report:
 
 
 def _text(file: Path) -> str:
+    check_regular(file, ProgramFormatError)
     try:
         return file.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:
@@ -233,15 +234,10 @@ def _text(file: Path) -> str:
 def _read_tokenizer(folder: Path) -> Any:
     if not folder.is_dir():
         return None
-    from transformers import AutoTokenizer
+    # transformers takes seconds to import, and few programs need it.
+    from graphopt.models.tokenizer_folder import read_tokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True
-        )
-    # transformers raises whatever its parsers do.
-    except Exception as error:
-        raise ProgramFormatError(f"the tokenizer in {folder} is damaged: {error!r}") from error
+    return read_tokenizer(folder, ProgramFormatError, "save the program again")
 
 
 def _read_report(folder: Path) -> Report:

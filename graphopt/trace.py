@@ -19,6 +19,7 @@ from graphopt.ir.graph import Graph, namespaces_of
 from graphopt.ir.parser import GraphReader, first_difference
 from graphopt.ir.printer import print_graph
 from graphopt.passes.base import Pass
+from graphopt.regular_file import check_regular
 from graphopt.report import PassRecord, Report
 
 CAPTURE = "capture"
@@ -69,6 +70,7 @@ def read_trace(folder: Path) -> Trace:
     for path in sorted(folder.glob("*.gir")):
         match = _FILE.fullmatch(path.name)
         if match:
+            check_regular(path, ProgramFormatError)
             try:
                 steps.append(TraceStep(int(match[1]), match[2], path.read_text(encoding="utf-8")))
             except (UnicodeDecodeError, OSError) as error:

@@ -15,6 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from graphopt.errors import WeightFormatError
+from graphopt.models.schema import TOKEN, short
+
 # Under other names in the runtime, or with other containers.
 _APPLIED = {
     "repetition_penalty": "repetition_penalty",
@@ -100,13 +103,21 @@ def generation_defaults(module: Any) -> GenerationDefaults:
 
 def end_token_ids(module: Any) -> tuple[int, ...]:
     """Tokens that end a Hugging Face module's text, as its own `generate` takes them: those of the
-    generation configuration, else of the configuration. Empty for other modules."""
+    generation configuration, else of the configuration. Empty for other modules.
+
+    Raises WeightFormatError for what is no token id.
+    """
     for settings in ("generation_config", "config"):
-        ids = getattr(getattr(module, settings, None), "eos_token_id", None)
-        if isinstance(ids, int):
-            return (ids,)
-        if isinstance(ids, (list, tuple)):
-            return tuple(sorted(int(token) for token in ids))
+        stated = getattr(getattr(module, settings, None), "eos_token_id", None)
+        if stated is None:
+            continue
+        ids = list(stated) if isinstance(stated, (list, tuple)) else [stated]
+        if not all(map(TOKEN.allows, ids)):
+            raise WeightFormatError(
+                f"the {settings} of {type(module).__name__} has eos_token_id={short(stated)}; it "
+                f"must be {TOKEN}, or a list of them"
+            )
+        return tuple(sorted(set(ids)))
     return ()
 
 

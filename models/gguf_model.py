@@ -34,6 +34,7 @@ from graphopt.models.gguf_split import open_model
 from graphopt.models.gguf_tokenizer import load_tokenizer
 from graphopt.models.meta import meta_parameters
 from graphopt.models.schema import short
+from graphopt.models.weight_dtypes import narrowed
 
 
 def load_gguf(
@@ -74,7 +75,8 @@ def load_gguf(
             packed[parameter] = weight if order is None else take_rows(weight, order)
         else:
             value = _dense(raw, tensor)
-            dense[parameter] = (value if order is None else value[order]).to(dtype)
+            value = value if order is None else value[order]
+            dense[parameter] = narrowed(value, dtype, gguf_name, tensor.path)
     _assign(module, dense)
     never = file.metadata.get("tokenizer.ggml.suppress_tokens")
     return ModelSource(

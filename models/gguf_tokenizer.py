@@ -14,6 +14,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from graphopt.config import Config
+from graphopt.errors import WeightFormatError
 from graphopt.models.gguf_file import GgufFile
 from graphopt.models.gguf_pretokenizer import DEFAULT, PRE_TOKENIZERS, PreTokenizer
 from graphopt.models.schema import short
+from graphopt.models.tokenizer_folder import read_tokenizer
 
 _REVISION = 2
 _CONTROL, _USER_DEFINED = 3, 4
@@ -75,7 +78,7 @@ _SPACE = "▁"
 _DUPLICATE = "tokenizer.huggingface.json"
 
 
-class _NotReadError(Exception):
+class _NotReadError(WeightFormatError):
     """Why this tokenizer cannot be used."""
 
 
@@ -90,12 +93,27 @@ def load_tokenizer(file: GgufFile, config: Config) -> Any:
     folder = config.cache / "tokenizers" / key
     try:
         _check_keys(file)
-        if not folder.is_dir():
-            _save(_convert(file), folder)
+        return _kept(file, folder)
     except _NotReadError as error:
         warnings.warn(f"no tokenizer: {file.path} {error}; the model takes token ids", stacklevel=2)
         return None
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def _kept(file: GgufFile, folder: Path) -> Any:
+    """The tokenizer that lies in `folder`, converted first where there is none or a damaged one."""
+    if folder.is_dir():
+        with suppress(_NotReadError):
+            return read_tokenizer(folder, _NotReadError, "")
+        shutil.rmtree(folder, ignore_errors=True)
+    converted = _convert(file)
+    try:
+        _save(converted, folder)
+    except OSError as error:
+        warnings.warn(f"the converted tokenizer is not kept: {error}", stacklevel=3)
+        with tempfile.TemporaryDirectory() as scratch:
+            converted.save_pretrained(scratch)
+            return read_tokenizer(Path(scratch), _NotReadError, "")
+    return read_tokenizer(folder, _NotReadError, "")
 
 
 def _check_keys(file: GgufFile) -> None:
@@ -123,8 +141,11 @@ def _convert(file: GgufFile) -> Any:
         return tokenizer
     except _NotReadError:
         raise
-    # Whatever the converters stumble on, the weights are still usable.
-    except Exception as error:
+    # Whatever the converters stumble on, the weights are still usable; a panic of those in Rust is
+    # no Exception.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise _NotReadError(f"has a tokenizer that could not be converted: {error!r}") from error
 
 
@@ -154,6 +175,8 @@ def _byte_level(file: GgufFile) -> Any:
         raise _NotReadError(f"has {_GGML}add_space_prefix=True for a byte-level tokenizer")
     merges = [_pair(merge) for merge in meta[f"{_GGML}merges"]]
     vocabulary = {token: index for index, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens):
+        raise _NotReadError(f"has a token twice in {_GGML}tokens")
     backend = Tokenizer(BPE(vocabulary, merges, ignore_merges=cuts.ignore_merges))
     steps = [pre_tokenizers.Split(Regex(text), "isolated") for text in cuts.expressions]
     spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

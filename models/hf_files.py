@@ -1,72 +1,85 @@
 """The files of a Hugging Face folder beside its configuration: which are read, and what they hold
 that the model has no place for.
 
-Rule: the weights come from model.safetensors, else from the shards that
-model.safetensors.index.json lists, which must be there and hold what it says. An adapter beside
-them would change the model and is refused by name; other modules of a pipeline are told. A tensor
-without a place in the model is refused by name, but for the buffers that older classes saved
-(`_BUFFERS`), when they hold what the model computes itself, and the heads of BERT's pretraining
-(`_OTHER_HEADS`), which are told where the class has none of them.
+Rule: what may be read is a regular file. An adapter beside the weights would change the model and
+is refused by name; other modules of a pipeline are told. A tensor without a place in the model is
+refused by name, but for the buffers that older classes saved (`_BUFFERS`), when they hold what the
+model computes itself, and the heads of BERT's pretraining (`_OTHER_HEADS`), which are told where
+the class has none of them.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from graphopt.errors import UnsupportedError, WeightFormatError
+from graphopt.json_file import read_json
+from graphopt.models.weight_dtypes import Entry, read_tensor
+from graphopt.regular_file import check_all_regular
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*")
 
 
 def check_files(folder: Path) -> tuple[str, ...]:
-    """Refuse an adapter and a broken set of shards; returns what a user should know of the rest.
+    """Refuse an adapter and what is no regular file; returns what a user should know of the rest.
 
     Raises UnsupportedError and WeightFormatError, naming the file.
     """
+    for pattern in _READ:
+        check_all_regular(sorted(folder.glob(pattern)), WeightFormatError)
     adapter = folder / "adapter_config.json"
-    if adapter.is_file():
+    if adapter.exists():
         raise UnsupportedError(
             f"{adapter} belongs to an adapter (LoRA and others), which would be left out; merge it "
             "first: peft's PeftModel.merge_and_unload().save_pretrained(folder)"
         )
-    notes = []
-    if (folder / INDEX).is_file():
-        if (folder / SINGLE).is_file():
-            notes.append(f"{SINGLE} is read; {INDEX} beside it and its shards are not")
-        else:
-            _check_shards(folder)
-    if (folder / "modules.json").is_file():
-        notes += _other_modules(folder / "modules.json")
-    return tuple(notes)
+    if (folder / "modules.json").exists():
+        return tuple(_other_modules(folder / "modules.json"))
+    return ()
+
+
+def places_of(names: Iterable[str], module: nn.Module) -> dict[str, torch.dtype | None]:
+    """For each tensor of the files that is not a buffer of older classes the dtype of its place in
+    the model, None where no place has its name."""
+    places = {name: value.dtype for name, value in module.state_dict().items()}
+    found = {
+        name: next((places[alias] for alias in _aliases(name, module) if alias in places), None)
+        for name in names
+    }
+    return {
+        name: place
+        for name, place in found.items()
+        if place is not None or not any(pattern.search(name) for pattern, _ in _BUFFERS)
+    }
 
 
 def check_tensors(
-    folder: Path, module: nn.Module, unexpected: Iterable[str]
+    entries: Mapping[str, Entry], module: nn.Module, unexpected: Iterable[str]
 ) -> tuple[list[str], list[str]]:
     """(tensors of the files that the model has no place for, what a user should know of others).
 
     unexpected: names that transformers found no place for; it drops others without a word.
     """
     places = module.state_dict().keys()
-    prefix = getattr(module, "base_model_prefix", "")
     heads = {name for name in unexpected if _OTHER_HEADS.search(name)}
     refused, told = set(unexpected) - heads, []
-    for name, read in _tensors(folder):
-        names = {name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")}
+    for name, entry in entries.items():
+        names = _aliases(name, module)
         if names & places:
             continue
         rule = next((rule for pattern, rule in _BUFFERS if pattern.search(name)), None)
         if rule is None:
             continue
-        value = read()
+        value = read_tensor(entry, name)
+        if value.dtype.is_complex:
+            refused.add(name)
+            continue
+        value = value.float() if value.dtype.itemsize == 1 and value.is_floating_point() else value
         if rule is _is_triangle and value.ndim < 2 and name not in refused:
             # A bias that is one, of a layer that the class calls otherwise.
             continue
@@ -90,57 +103,21 @@ def check_tensors(
     return sorted(refused), notes
 
 
-def _check_shards(folder: Path) -> None:
-    table = _weight_map(folder / INDEX)
-    for shard in sorted(set(table.values())):
-        listed = {name for name, place in table.items() if place == shard}
-        present = set(_names(folder / shard))
-        for name in sorted(listed - present):
-            raise WeightFormatError(f"{folder / shard} lacks {name}, which {INDEX} says is there")
-        for name in sorted(present - table.keys()):
-            raise WeightFormatError(f"{folder / shard} holds {name}, which {INDEX} does not list")
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if all(isinstance(name, str) and isinstance(table[name], str) for name in table):
-            return dict(table)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise WeightFormatError(f"{path} has no weight_map: {error!r}") from error
-    raise WeightFormatError(f"{path} has a weight_map that does not name files")
-
-
-def _names(path: Path) -> list[str]:
-    if not path.is_file():
-        raise WeightFormatError(
-            f"{path} could not be read: it is missing, but {INDEX} lists it; fetch it again"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise WeightFormatError(f"the weights {path} could not be read: {error}") from error
-
-
-def _tensors(folder: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Name and reader of every tensor of the files that are read."""
-    single = folder / SINGLE
-    is_single = single.is_file() or not (folder / INDEX).is_file()
-    names = [SINGLE] if is_single else sorted(set(_weight_map(folder / INDEX).values()))
-    for path in (folder / name for name in names):
-        if path.is_file():
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 -- it is no mapping
-                    yield name, partial(file.get_tensor, name)
+def _aliases(name: str, module: nn.Module) -> set[str]:
+    """What a tensor may be called in the model: with and without the name of its base model."""
+    prefix = getattr(module, "base_model_prefix", "")
+    return {name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")}
 
 
 def _other_modules(path: Path) -> list[str]:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        kinds = [str(entry["type"]).rpartition(".")[2] for entry in entries]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise WeightFormatError(f"{path} is damaged: {error!r}") from error
+    entries = read_json(path, WeightFormatError)
+    is_legal = entries == {} or (
+        isinstance(entries, list)
+        and all(isinstance(entry, dict) and isinstance(entry.get("type"), str) for entry in entries)
+    )
+    if not is_legal:
+        raise WeightFormatError(f"{path} is damaged: it must list modules, each with its type")
+    kinds = [entry["type"].rpartition(".")[2] for entry in entries]
     others = [kind for kind in kinds if kind != "Transformer"]
     if not others:
         return []

@@ -8,7 +8,7 @@ parameter must come from the files with the shape the configuration gives it.
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -27,11 +26,18 @@ from transformers import (
 from graphopt.capture.source import ModelSource
 from graphopt.config import Config
 from graphopt.errors import ModelNotFoundError, UnsupportedError, WeightFormatError
+from graphopt.json_file import read_object
+from graphopt.models import hf_schema
 from graphopt.models.generation_config import end_token_ids, generation_defaults
 from graphopt.models.hf_config import check_config, check_quantization
-from graphopt.models.hf_files import check_files, check_tensors
+from graphopt.models.hf_files import check_files, check_tensors, places_of
+from graphopt.models.hf_weights import check_capacity, read_entries
+from graphopt.models.schema import one_line
+from graphopt.models.tokenizer_folder import read_tokenizer
+from graphopt.models.weight_dtypes import Entry, check_dtypes, check_narrowing
 
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_MOST_BYTES = 1 << 24
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -64,18 +70,17 @@ def load_folder(folder: Path, *, name: str, dtype: torch.dtype) -> ModelSource:
     """Load a local folder. Raises ModelNotFoundError, WeightFormatError, UnsupportedError."""
     _check_files(folder)
     notes = check_files(folder)
-    settings = read_json(folder / "config.json")
-    check_quantization(folder / "config.json", settings)
+    entries, told = read_entries(folder)
+    settings = _read_settings(folder, len(entries))
     config = _read_config(folder, settings)
-    if (folder / "generation_config.json").is_file():
-        # transformers leaves a damaged one out without a word.
-        read_json(folder / "generation_config.json")
     tokenizer = _read_tokenizer(folder)
     model_class = _model_class(folder, config)
-    notes += _check_class(folder, settings, config, model_class)
-    module, told = _read_module(folder, config, model_class, dtype)
+    notes += (*told, *_check_class(folder, settings, config, model_class))
+    shell = check_capacity(folder, config, model_class, entries)
+    notes += check_dtypes(entries, places_of(entries, shell), dtype)
+    module, also = _read_module(folder, config, model_class, dtype, entries)
     defaults = generation_defaults(module)
-    end_tokens, also = _end_tokens(module, tokenizer)
+    end_tokens, ending = _end_tokens(module, tokenizer)
     return ModelSource(
         module=module.eval(),
         name=name,
@@ -83,16 +88,16 @@ def load_folder(folder: Path, *, name: str, dtype: torch.dtype) -> ModelSource:
         eos_token_ids=end_tokens,
         dtype=dtype,
         sampling=defaults.settings,
-        notes=(*notes, *told, *defaults.notes, *also),
+        notes=(*notes, *also, *defaults.notes, *ending),
     )
 
 
 def _check_files(folder: Path) -> None:
-    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+    if not any(os.path.lexists(folder / name) for name in ("config.json", "adapter_config.json")):
         files = sorted(folder.glob("*.gguf"))
         hint = f"; did you mean the file {files[0]}?" if files else ""
         raise ModelNotFoundError(f"{folder} has no config.json, so it is no model folder{hint}")
-    if any(folder.glob("*.safetensors")) or (folder / "adapter_config.json").is_file():
+    if any(folder.glob("*.safetensors")) or (folder / "adapter_config.json").exists():
         return
     pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
     raise WeightFormatError(
@@ -104,17 +109,16 @@ def _check_files(folder: Path) -> None:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises WeightFormatError for anything else."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    # UnicodeDecodeError and JSONDecodeError are both of this kind.
-    except ValueError as error:
-        raise WeightFormatError(f"{path} is not valid JSON: {error}") from error
-    except OSError as error:
-        raise WeightFormatError(f"{path} cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise WeightFormatError(f"{path} holds a {type(settings).__name__}; it must be an object")
+def _read_settings(folder: Path, tensors: int) -> dict[str, Any]:
+    """The object in config.json, after the types and ranges in it and beside it were checked."""
+    path, generation = folder / "config.json", folder / "generation_config.json"
+    settings = read_object(path, WeightFormatError, most_bytes=_MOST_BYTES)
+    hf_schema.check_config(path, settings, tensors)
+    check_quantization(path, settings)
+    if generation.exists():
+        # transformers leaves a damaged one out without a word.
+        stated = read_object(generation, WeightFormatError, most_bytes=_MOST_BYTES)
+        hf_schema.check_generation(generation, stated)
     return settings
 
 
@@ -133,7 +137,7 @@ def _read_config(folder: Path, settings: Mapping[str, Any]) -> PretrainedConfig:
             ) from error
         raise UnsupportedError(
             f"transformers {transformers.__version__} cannot read the configuration of {folder}: "
-            f"{_one_line(error)}"
+            f"{one_line(error)}"
         ) from error
 
 
@@ -171,7 +175,11 @@ def _end_tokens(module: Any, tokenizer: Any) -> tuple[tuple[int, ...], tuple[str
 
 
 def _read_module(
-    folder: Path, config: PretrainedConfig, model_class: Any, dtype: torch.dtype
+    folder: Path,
+    config: PretrainedConfig,
+    model_class: Any,
+    dtype: torch.dtype,
+    entries: Mapping[str, Entry],
 ) -> tuple[Any, list[str]]:
     try:
         module, report = model_class.from_pretrained(
@@ -187,7 +195,7 @@ def _read_module(
     # Models are built here too, each with checks of its own.
     except Exception as error:
         raise WeightFormatError(f"the weights of {folder} could not be read: {error}") from error
-    unexpected, notes = check_tensors(folder, module, report["unexpected_keys"])
+    unexpected, notes = check_tensors(entries, module, report["unexpected_keys"])
     problems = [
         f"{kind} {sorted(map(str, names))}"
         for kind, names in [
@@ -201,6 +209,7 @@ def _read_module(
         raise WeightFormatError(
             f"the tensors of {folder} do not fit {model_class.__name__}: {'; '.join(problems)}"
         )
+    check_narrowing(entries, module.parameters(), dtype)
     return module, notes
 
 
@@ -219,22 +228,11 @@ def _model_class(folder: Path, config: PretrainedConfig) -> Any:
 
 
 def _read_tokenizer(folder: Path) -> Any:
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
         return None
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True
-        )
-    # transformers raises whatever its parsers do.
-    except Exception as error:
-        raise WeightFormatError(
-            f"the tokenizer of {folder} could not be read: {_one_line(error)}. Mend its files, or "
-            "remove them to use the model with token ids"
-        ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return read_tokenizer(
+        folder, WeightFormatError, "mend its files, or remove them to use the model with token ids"
+    )
 
 
 def _first_line(error: BaseException) -> str:

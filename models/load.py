@@ -62,15 +62,15 @@ def load(
     if name in BUILTINS:
         file = fetch_builtin(name, config)
         return load_gguf(file, name=name, dtype=dtype, weights=weights, config=config)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.suffix == ".gguf" and os.path.exists(path) and not os.path.isdir(path):
         return load_gguf(path, name=path.stem, dtype=dtype, weights=weights, config=config)
-    if path.is_dir():
+    if os.path.isdir(path):
         _refuse_packed(weights, name)
         return load_folder(path, name=path.resolve().name, dtype=dtype)
-    if not path.exists() and _HUB_NAME.fullmatch(name) and path.suffix != ".gguf":
+    if not os.path.exists(path) and _HUB_NAME.fullmatch(name) and path.suffix != ".gguf":
         _refuse_packed(weights, name)
         return load_folder(fetch_hub_folder(name, config), name=name, dtype=dtype)
-    state = "is a file but not a .gguf one" if path.exists() else "does not exist as a path"
+    state = "is a file but not a .gguf one" if os.path.exists(path) else "does not exist as a path"
     raise ModelNotFoundError(f"{name!r} {state}. {_ACCEPTED}")
 
 

@@ -39,10 +39,14 @@ ARROWS = {
         "graphopt.ir.weights",
         "graphopt.errors",
         "graphopt.config",
+        "graphopt.json_file",
+        "graphopt.regular_file",
     },
     "graphopt.errors": set[str](),
     "graphopt.config": {"graphopt.errors"},
     "graphopt.report": {"graphopt.errors"},
+    "graphopt.json_file": {"graphopt.errors", "graphopt.regular_file"},
+    "graphopt.regular_file": {"graphopt.errors"},
     "graphopt.plugins": {"graphopt.errors"},
 }
 
