@@ -160,7 +160,7 @@ class _Header:
     def metadata(self) -> dict[str, Any]:
         fields: dict[str, Any] = {}
         for _ in range(self._field_count):
-            key = self._string()
+            key = self._name()
             if key in fields:
                 raise WeightFormatError(f"{self._path} is damaged: it has the key {key!r} twice")
             fields[key] = self._value(self._value_type(), key)
@@ -169,7 +169,7 @@ class _Header:
     def tensors(self, alignment: int) -> dict[str, GgufTensor]:
         table: dict[str, tuple[tuple[int, ...], GGMLQuantizationType, int]] = {}
         for _ in range(self._tensor_count):
-            name = self._string()
+            name = self._name()
             if name in table:
                 raise WeightFormatError(f"{self._path} is damaged: it has two tensors {name!r}")
             shape = self._shape(name)
@@ -250,7 +250,17 @@ class _Header:
             )
         return type_
 
+    def _name(self) -> str:
+        data = self._bytes(self._scalar("Q"))
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            raise WeightFormatError(
+                f"{self._path} is damaged: a key or a tensor is called {data[:60]!r}"
+            ) from None
+
     def _string(self) -> str:
+        # Tokens may be any bytes.
         return self._bytes(self._scalar("Q")).decode("utf-8", errors="replace")
 
     def _scalar(self, code: str) -> Any:
