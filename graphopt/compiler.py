@@ -33,7 +33,7 @@ from graphopt.options import (
 from graphopt.passes.manager import Instrument, PassManager
 from graphopt.program import Program, ProgramOptions
 from graphopt.report import Rejection, Report, grouped
-from graphopt.runtime.request import sampling_from_plain
+from graphopt.runtime.request import SamplingParams, sampling_from_plain
 from graphopt.trace import TraceRecorder
 
 Serving = Literal["auto", "required", "off"]
@@ -113,6 +113,7 @@ def compile(
     with report.timed("load"):
         source = load(model) if isinstance(model, str) else model
     defaults = _generation_defaults(source)
+    sampling, end_tokens = _sampling(defaults), _end_tokens(source)
     for text in defaults.notes:
         report.note_model(text)
     with report.timed("capture"):
@@ -152,7 +153,14 @@ def compile(
             report.note(_why_not_int8(report))
 
         with report.timed("lower"):
-            options = _program_options(source, defaults, graph, backend, kv_dtype)
+            options = ProgramOptions(
+                name=graph.name,
+                backend=backend,
+                kv_dtype=kv_dtype,
+                max_context=_max_context(source, graph),
+                eos_token_ids=end_tokens,
+                default_sampling=sampling,
+            )
             tokenizer = source.tokenizer if isinstance(source, ModelSource) else None
             if isinstance(model, str):
                 # Nobody else holds the loaded module: let its weights go as they are packed.
@@ -203,24 +211,17 @@ def _generation_defaults(source: Any) -> GenerationDefaults:
     return generation_defaults(source)
 
 
-def _program_options(
-    source: Any, defaults: GenerationDefaults, graph: Graph, backend: str, kv_dtype: str
-) -> ProgramOptions:
-    described = source if isinstance(source, ModelSource) else None
+def _sampling(defaults: GenerationDefaults) -> SamplingParams:
     try:
-        sampling = sampling_from_plain(defaults.settings)
+        return sampling_from_plain(defaults.settings)
     except RequestError as error:
         raise WeightFormatError(
-            f"the generation configuration of {graph.name} has a value of another kind: {error}"
+            f"the model's generation configuration has a value of another kind: {error}"
         ) from error
-    return ProgramOptions(
-        name=graph.name,
-        backend=backend,
-        kv_dtype=kv_dtype,
-        max_context=_max_context(source, graph),
-        eos_token_ids=described.eos_token_ids if described else end_token_ids(source),
-        default_sampling=sampling,
-    )
+
+
+def _end_tokens(source: Any) -> tuple[int, ...]:
+    return source.eos_token_ids if isinstance(source, ModelSource) else end_token_ids(source)
 
 
 def _module_config(source: Any) -> Any:

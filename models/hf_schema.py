@@ -55,7 +55,9 @@ def check_config(path: Path, settings: Mapping[str, Any], tensors: int) -> None:
     )
     for name, leaf, value in _settings(settings):
         rule = next((rule for pattern, rule in rules if pattern.fullmatch(leaf)), None)
-        if rule is not None and _is_number(value):
+        # Switches have names like those of counts, and no others.
+        is_switch = isinstance(value, bool) and _COUNTS.fullmatch(leaf)
+        if rule is not None and _is_number(value) and not is_switch:
             check(path, name, value, rule)
     _check_tokens(path, settings)
 
@@ -100,10 +102,6 @@ def _settings(value: Any, path: str = "", leaf: str = "") -> Iterator[tuple[str,
 
 
 def _is_number(value: Any) -> bool:
-    """Also of a list of them; switches have names like those of numbers."""
+    """Also of a list of them. Texts and objects are for the configuration class to refuse."""
     items = value if isinstance(value, list) else [value]
-    return (
-        bool(items)
-        and all(isinstance(item, int | float) for item in items)
-        and (not isinstance(value, bool))
-    )
+    return bool(items) and all(isinstance(item, int | float) for item in items)

@@ -74,9 +74,9 @@ def check(path: Path, name: str, value: Any, rule: Rule) -> None:
 
 
 def check_all(path: Path, settings: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
-    """`check` for every setting that has a rule."""
+    """`check` for every setting that has a rule; one that is null was not made."""
     for name, value in settings.items():
-        if name in rules:
+        if name in rules and value is not None:
             check(path, name, value, rules[name])
 
 

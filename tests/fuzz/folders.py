@@ -142,7 +142,7 @@ def _json(numbers: random.Random, folder: Path) -> None:
     try:
         path.write_bytes(json_changes.changed(numbers, path.read_text()))
     # It was damaged before.
-    except ValueError:
+    except (ValueError, RecursionError):
         path.write_bytes(b"")
 
 
@@ -153,7 +153,7 @@ def _config(numbers: random.Random, folder: Path) -> None:
     try:
         settings = json.loads(path.read_text())
         name = numbers.choice([n for n, v in settings.items() if isinstance(v, int | float)])
-    except (ValueError, AttributeError, IndexError):
+    except (ValueError, AttributeError, IndexError, RecursionError):
         return
     settings[name] = json_changes.value(numbers, depth=3)
     path.write_text(json.dumps(settings))
@@ -182,7 +182,7 @@ def _header(numbers: random.Random, folder: Path) -> None:
         case _:
             try:
                 header = json_changes.changed(numbers, header.decode())
-            except ValueError:
+            except (ValueError, RecursionError):
                 return
             data = len(header).to_bytes(8, "little") + header + rest
     path.write_bytes(data)
@@ -230,7 +230,7 @@ def _index(numbers: random.Random, folder: Path) -> None:
         index = json.loads(path.read_text())
         table = index["weight_map"]
         name = numbers.choice(sorted(table))
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         return _header(numbers, folder)
     shard = str(table[name])
     outside = folder.with_name("outside.safetensors")

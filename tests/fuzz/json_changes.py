@@ -110,7 +110,7 @@ def _change(numbers: random.Random, data: Any) -> None:
 
 
 def _places(data: Any) -> Any:
-    level = [data]
+    level = [data] if isinstance(data, dict | list) else []
     while level:
         inner = []
         for item in level:
