@@ -21,6 +21,7 @@ from graphopt.expectations import check_counts, check_names
 from graphopt.inputs import longest_sequence, size_limits
 from graphopt.ir.graph import Graph
 from graphopt.models import GenerationDefaults, end_token_ids, generation_defaults, load
+from graphopt.models.schema import TOKEN
 from graphopt.numerics import NumericsCheck
 from graphopt.options import (
     SERVING_PASS,
@@ -221,7 +222,14 @@ def _sampling(defaults: GenerationDefaults) -> SamplingParams:
 
 
 def _end_tokens(source: Any) -> tuple[int, ...]:
-    return source.eos_token_ids if isinstance(source, ModelSource) else end_token_ids(source)
+    """Raises WeightFormatError for what is no token id."""
+    if not isinstance(source, ModelSource):
+        return end_token_ids(source)
+    if not all(map(TOKEN.allows, source.eos_token_ids)):
+        raise WeightFormatError(
+            f"{source.name} has eos_token_ids={source.eos_token_ids}; each must be {TOKEN}"
+        )
+    return tuple(source.eos_token_ids)
 
 
 def _module_config(source: Any) -> Any:

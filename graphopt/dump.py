@@ -21,6 +21,7 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -52,6 +53,7 @@ from graphopt.trace import CAPTURE, Trace, TraceStep, read_trace
 FORMAT, KIND = 1, "dump"
 MANIFEST, REPORT, SUMMARY = "manifest.json", "report.json.gz", "summary.txt"
 _NOT_DUMPED = "not dumped"
+_DAMAGE = (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError)
 _OURS = re.compile(
     r"\d{2,}_\w+(\.part|\.failed)?\.gir|diffs/\d{2,}_\w+\.diff|kernels/\w+\.txt"
     r"|manifest\.json|report\.json\.gz|summary\.txt"
@@ -361,7 +363,7 @@ def read_dump(folder: str | Path) -> tuple[Trace, Report]:
         data = parse_json(text, str(path / REPORT), ProgramFormatError)
         report = Report.from_dict(data)
         report.seconds, report.notes = dict(data["seconds"]), list(data["notes"])
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except _DAMAGE as error:
         raise ProgramFormatError(f"{path / REPORT} is damaged: {error!r}") from error
     return read_trace(path), report
 

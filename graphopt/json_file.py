@@ -48,7 +48,7 @@ def parse_json(data: bytes | str, name: str, error: type[GraphoptError]) -> Any:
         value = json.loads(text, object_pairs_hook=_object)
     # UnicodeDecodeError and JSONDecodeError are both of this kind.
     except ValueError as failure:
-        raise error(f"{name} is not valid JSON, so it is damaged: {failure}") from failure
+        raise error(f"{name} is damaged: it is not valid JSON: {failure}") from failure
     except RecursionError:
         raise _too_deep(name, error) from None
     if _is_deep(value):

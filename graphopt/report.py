@@ -11,8 +11,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar, cast
 
 from rich.table import Table
 from rich.text import Text
@@ -191,22 +191,24 @@ class Report:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
         """Back from `to_dict`. Raises KeyError, TypeError, ValueError or AttributeError for
-        anything else."""
+        anything else, values of another type among them."""
+        notes = _texts(data.get("model_notes", []))
         return cls(
             passes=[
-                PassRecord(
+                _made(
+                    PassRecord,
                     **{name: entry[name] for name in _PLAIN},
                     op_delta=Counter(entry["op_delta"]),
                     candidates=tuple(_candidate_from_dict(c) for c in entry["candidates"]),
                 )
                 for entry in data["passes"]
             ],
-            disabled=list(data["disabled"]),
-            limits=list(data.get("limits", ())),
-            assumptions=list(data.get("assumptions", ())),
-            numerics=[NumericChange(**change) for change in data.get("numerics", ())],
-            notes=list(data.get("model_notes", ())),
-            model_notes=list(data.get("model_notes", ())),
+            disabled=_texts(data["disabled"]),
+            limits=_texts(data.get("limits", [])),
+            assumptions=_texts(data.get("assumptions", [])),
+            numerics=[_made(NumericChange, **change) for change in data.get("numerics", ())],
+            notes=notes,
+            model_notes=list(notes),
         )
 
     def table(self) -> Table:
@@ -247,7 +249,7 @@ _PLAIN = (
     "nodes_after",
     "limit",
 )
-_RESULTS: dict[str, Callable[..., Site | Rejection | Absorbed]] = {
+_RESULTS: dict[str, type[Site | Rejection | Absorbed]] = {
     "site": Site,
     "rejection": Rejection,
     "absorbed": Absorbed,
@@ -266,4 +268,41 @@ def _candidate_from_dict(data: Mapping[str, Any]) -> Candidate:
     result: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in rest.pop(kind).items()
     }
-    return Candidate(**rest, result=_RESULTS[kind](**result))
+    return _made(Candidate, **rest, result=_made(_RESULTS[kind], **result))
+
+
+_T = TypeVar("_T")
+
+
+def _made(cls: type[_T], **values: Any) -> _T:
+    """A record of a file, each field of the type that it is declared to have."""
+    for entry in fields(cast(Any, cls)):
+        is_legal = _LEGAL.get(str(entry.type))
+        if is_legal is not None and entry.name in values and not is_legal(values[entry.name]):
+            raise TypeError(f"{entry.name} is {values[entry.name]!r:.60}")
+    return cls(**values)
+
+
+def _texts(value: Any) -> list[str]:
+    if not isinstance(value, list) or not _is_texts(tuple(value)):
+        raise TypeError(f"{value!r:.60} is no list of texts")
+    return list(value)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_LEGAL: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "int": _is_integer,
+    "int | None": lambda value: value is None or _is_integer(value),
+    "float": lambda value: isinstance(value, float) or _is_integer(value),
+    "tuple[str, ...]": _is_texts,
+    "Counter[str]": lambda value: _is_texts(tuple(value)) and all(map(_is_integer, value.values())),
+}
+"""By the text of a declaration."""

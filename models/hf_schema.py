@@ -16,7 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from graphopt.errors import WeightFormatError
-from graphopt.models.schema import EPSILON, POSITIVE, SIZE, TOKEN, Rule, check, short
+from graphopt.models.schema import (
+    COUNT,
+    EPSILON,
+    FLAG,
+    POSITIVE,
+    SIZE,
+    TOKEN,
+    Rule,
+    check,
+    check_all,
+    short,
+)
 
 # More layers than tensors are legal where layers share their weights.
 _SHARED_LAYERS = 100
@@ -36,6 +47,11 @@ _EPSILONS = re.compile(r"(\w+_)?(eps|epsilon)")
 _POSITIVES = re.compile(r"(\w+_)?rope_theta|rope_\w*base\w*|rotary_emb_base|factor")
 _SEVERAL = re.compile(r"eos_token_id|(begin_)?suppress_tokens")
 _TOKENS = re.compile(rf"\w+_token_id|{_SEVERAL.pattern}")
+# transformers does not look at the types of these.
+_PLAIN = {
+    "chunk_size_feed_forward": COUNT,
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "return_dict"), FLAG),
+}
 _UNBOUNDED = re.compile(r"time_step_\w+|\w*(max|min|limit|clamp|clip)\w*")
 """Numbers that may be infinite, which is "no limit"."""
 
@@ -53,6 +69,7 @@ def check_config(path: Path, settings: Mapping[str, Any], tensors: int) -> None:
         (_EPSILONS, EPSILON),
         (_POSITIVES, Rule("number", POSITIVE.low, POSITIVE.high, "also")),
     )
+    check_all(path, settings, _PLAIN)
     for name, leaf, value in _settings(settings):
         rule = next((rule for pattern, rule in rules if pattern.fullmatch(leaf)), None)
         # Switches have names like those of counts, and no others.

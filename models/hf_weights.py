@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from graphopt.errors import WeightFormatError
 from graphopt.json_file import read_object
+from graphopt.models.build_limit import limited_parts
 from graphopt.models.schema import Rule, check, one_line, short
 from graphopt.models.weight_dtypes import Entry
 from graphopt.regular_file import check_regular
@@ -32,6 +33,8 @@ _BYTES = Rule("number", 0, 1 << 62)
 _MOST_BUFFERS = 1 << 28
 # A few parameters that are missing are told by name, later.
 _SLACK = 1 << 20
+# Layers that share their weights, and parts without any: activations, dropout.
+_PARTS, _PARTS_OF_TENSOR = 10_000, 20
 
 
 def read_entries(folder: Path) -> tuple[dict[str, Entry], tuple[str, ...]]:
@@ -80,7 +83,7 @@ def check_capacity(
     than the files hold. Raises WeightFormatError when it does, and when it cannot be built."""
     make = model_class if issubclass(model_class, PreTrainedModel) else model_class.from_config
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), limited_parts(_PARTS + _PARTS_OF_TENSOR * len(entries)):
             module = make(copy.deepcopy(config))
     # Every model has checks of its own.
     except Exception as error:

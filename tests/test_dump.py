@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from file_kinds import KINDS, put
 from tiny_models import tiny_llama
 
 import graphopt
@@ -308,3 +310,26 @@ def test_the_round_trip_check_can_fail(program: graphopt.Program) -> None:
         check_round_trip(graph, text.replace("scale=0.25", "scale=0.125", 1), "last")
     with pytest.raises(VerifyError, match="does not read back"):
         check_round_trip(graph, text.replace("graphopt.rope", "graphopt.ropes", 1), "last")
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"x" * 50, gzip.compress(b"[" * 100_000), gzip.compress(b"{}")[:-9] + b"x" * 9]
+)
+def test_a_damaged_report_of_a_dump(program: graphopt.Program, tmp_path: Path, data: bytes) -> None:
+    program.dump(tmp_path / "d")
+    (tmp_path / "d" / "report.json.gz").write_bytes(data)
+    with pytest.raises(ProgramFormatError, match=r"report\.json\.gz is "):
+        read_dump(tmp_path / "d")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_file_in_a_dump_in_its_place(
+    program: graphopt.Program, tmp_path: Path, kind: str
+) -> None:
+    program.dump(tmp_path / "d")
+    put(kind, tmp_path / "d" / "report.json.gz")
+    with pytest.raises(ProgramFormatError, match=kind):
+        read_dump(tmp_path / "d")
+    put(kind, tmp_path / "d" / "manifest.json")
+    with pytest.raises(ProgramFormatError, match="is no dump"):
+        read_dump(tmp_path / "d")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from file_kinds import KINDS, put
 from tiny_models import CausalConvolution, tiny_llama
 
 import graphopt
@@ -175,3 +176,59 @@ def test_the_options_of_loading_are_checked(folder: Path) -> None:
     with pytest.raises(UnsupportedError, match="an option of backend='cpu'"):
         graphopt.load_program(folder, threads=2)
     assert graphopt.load_program(folder, backend="cpu", threads=2).options.backend == "cpu"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("file", ["manifest.json", "forward.gir", "report.json", "trace/99_x.gir"])
+def test_something_else_in_a_files_place(folder: Path, file: str, kind: str) -> None:
+    put(kind, folder / file)
+    if kind == "a folder" and file == "trace/99_x.gir":
+        return
+    with pytest.raises(ProgramFormatError, match=rf"{Path(file).name} .*{kind}|is missing"):
+        graphopt.load_program(folder)
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "report.json", "tokenizer/tokenizer.json"])
+def test_deep_json(folder: Path, file: str) -> None:
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_text("[" * 100_000)
+    digest = hashlib.sha256(b"[" * 100_000).hexdigest()
+    if file != "manifest.json":
+        edit(folder, lambda m: m["files"].update({file: digest}))
+    with pytest.raises(ProgramFormatError, match=rf"{file} is damaged.*nested"):
+        graphopt.load_program(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        *(("disabled", "abc"), ("disabled", [3]), ("limits", {}), ("assumptions", [None])),
+        *(("model_notes", 3), ("passes", 3), ("numerics", [{"pass_name": "x"}])),
+    ],
+)
+def test_a_report_of_other_types(folder: Path, part: str, value: Any) -> None:
+    damage_report(folder, lambda report: report.update({part: value}))
+    with pytest.raises(ProgramFormatError, match=r"report\.json is damaged"):
+        graphopt.load_program(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("milliseconds", "x"), ("nodes_before", 1.5), ("limit", True), ("stage", None)),
+        *(("op_delta", {"x": "y"}), ("candidates", [{"node": 3, "absorbed": {"site": "x"}}])),
+    ],
+)
+def test_a_record_of_other_types(folder: Path, name: str, value: Any) -> None:
+    damage_report(folder, lambda report: report["passes"][0].update({name: value}))
+    with pytest.raises(ProgramFormatError, match=r"report\.json is damaged"):
+        graphopt.load_program(folder)
+
+
+def damage_report(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / "report.json"
+    report = json.loads(path.read_text())
+    change(report)
+    path.write_text(json.dumps(report))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    edit(folder, lambda m: m["files"].update({"report.json": digest}))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from gguf_samples import tiny_llama
+from transformers import AlbertConfig, AlbertModel
 
 import graphopt
 from graphopt.config import Config
@@ -54,6 +55,8 @@ def edit(folder: Path, file: str = "config.json", **changes: Any) -> None:
         ("eos_token_id", [-5, True, "2", [2, "a"], [None], [[1]], 2**31, 1.0]),
         ("bos_token_id", ["x", 1.5, True]),
         ("suppress_tokens", [[-1], "x"]),
+        ("chunk_size_feed_forward", ["x", -1, True]),
+        ("return_dict", [3, "x"]),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_name(name: str, values: list[Any]) -> None:
@@ -115,6 +118,17 @@ def test_numbers_ask_for_no_more_than_the_files_hold(
     edit(folder, **changes)
     with pytest.raises(GraphoptError, match=words):
         load(folder, config=config)
+
+
+@pytest.mark.parametrize("count", [10**6, 10**12])
+def test_parts_are_counted_whatever_repeats_them(
+    tmp_path: Path, config: Config, count: int
+) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "embedding_size": 8, "vocab_size": 32}
+    AlbertModel(AlbertConfig(**sizes, num_attention_heads=2)).save_pretrained(tmp_path / "m")
+    edit(tmp_path / "m", inner_group_num=count)
+    with pytest.raises(WeightFormatError, match=r"more than \d+ modules and parameters"):
+        load(tmp_path / "m", config=config)
 
 
 @pytest.mark.parametrize("value", [-5, True, "2", [2, "a"], [None], [[1]]])
