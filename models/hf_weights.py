@@ -34,7 +34,7 @@ _MOST_BUFFERS = 1 << 28
 # A few parameters that are missing are told by name, later.
 _SLACK = 1 << 20
 # Layers that share their weights, and parts without any: activations, dropout.
-_PARTS, _PARTS_OF_TENSOR = 10_000, 20
+_PARTS, _PARTS_OF_TENSOR = 2_000, 20
 
 
 def read_entries(folder: Path) -> tuple[dict[str, Entry], tuple[str, ...]]:

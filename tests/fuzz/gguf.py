@@ -25,7 +25,6 @@ import graphopt
 from graphopt.config import Config
 from graphopt.errors import GraphoptError
 from graphopt.models import load
-from graphopt.program import Program
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 from gguf_samples import LEAVES, interleave, randomize, write_gguf
@@ -41,6 +40,7 @@ from transformers import (
 from .gguf_changes import DAMAGING, HARMLESS, damage_bytes
 from .gguf_parts import ARRAY, BOOL, F32, I32, STRING, U32, Parts, Value, read
 from .harness import WrongError
+from .saving import check_saved
 
 SIZES: dict[str, Any] = {
     **{"vocab_size": 24, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16},
@@ -54,8 +54,7 @@ _CLASSES = {
 }
 _BLOCKS = (Q.F32, Q.F16, Q.BF16, Q.Q4_0, Q.Q4_1, Q.Q5_0, Q.Q8_0)
 _PIECES = ("<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "ab", "▁ab")
-_COMPILED = 0.004
-"""Of the cases that load: compiled, saved and loaded again, which takes a second."""
+_SAVED = 0.05
 
 
 class GgufFiles:
@@ -86,8 +85,7 @@ class GgufFiles:
             if number % 3 == 1:
                 parts.fields += _sentence_piece()
             self._samples.append(parts)
-        # The first compilation imports what it needs, which takes longer than a case may.
-        _saved(graphopt.compile(load(folder / "0.gguf"), backend="reference"), folder / "program")
+        self._program = graphopt.compile(load(folder / "0.gguf"), backend="reference")
 
     def run(self, numbers: random.Random, folder: Path) -> int:
         """One file, read in one of the ways there are."""
@@ -113,8 +111,8 @@ class GgufFiles:
                 raise WrongError(f"a file that is as good as before: {error}") from error
             raise
         _compare(source, path, dtype)
-        if numbers.random() < _COMPILED and weights == "dense":
-            _saved(graphopt.compile(source, backend="reference"), folder / "program")
+        if numbers.random() < _SAVED:
+            check_saved(self._program, source, folder / "program")
         return 1
 
 
@@ -233,14 +231,6 @@ def _use(source: Any, meta: Mapping[str, Any], dtype: torch.dtype) -> None:
             logits = source.module(torch.tensor([[0, rows - 1]])).logits
         if logits.shape != (1, 2, rows) or logits.dtype != dtype:
             raise WrongError(f"logits {logits.dtype} {tuple(logits.shape)}")
-
-
-def _saved(program: Program, folder: Path) -> None:
-    program.save(folder)
-    again = graphopt.load_program(folder)
-    ids = torch.tensor([[1, 0, 2]])
-    if not torch.equal(again(ids).nan_to_num(), program(ids).nan_to_num()):
-        raise WrongError("the saved program computes something else")
 
 
 FUZZER = GgufFiles

@@ -143,6 +143,8 @@ def new_field(numbers: random.Random, parts: Parts) -> None:
 
 def other_shape(numbers: random.Random, parts: Parts) -> None:
     tensor = numbers.choice(parts.tensors)
+    if not tensor.dims:
+        return
     match numbers.randrange(6):
         case 0:
             tensor.dims[numbers.randrange(len(tensor.dims))] = numbers.choice(_SIZES)

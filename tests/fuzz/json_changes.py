@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from typing import Any
@@ -100,9 +101,10 @@ def _change(numbers: random.Random, data: Any) -> None:
             del inside[name]
         case 1:
             other, key = numbers.choice(places)
-            inside[name] = other[key] if key in other or isinstance(other, list) else None
+            # Before one holds the other.
+            inside[name] = copy.deepcopy(other[key])
         case 2 if isinstance(inside[name], int | float):
-            inside[name] = inside[name] * numbers.choice([-1, 2, 1.5, 10**6]) + 1
+            inside[name] = inside[name] * numbers.choice([-1, 2, 10**6]) + 1
         case 3:
             inside[name] = numbers.choice([[inside[name]], {"x": inside[name]}, str(inside[name])])
         case _:
