@@ -1,14 +1,14 @@
 """Settings that come from the environment: the only file of graphopt that reads `os.environ`.
 
-| field        | variable              | default           | meaning                                    |
-|--------------|-----------------------|-------------------|--------------------------------------------|
-| cache        | GRAPHOPT_CACHE        | ~/.cache/graphopt | folder for fetched and converted files     |
-| offline      | GRAPHOPT_OFFLINE      | 0                 | 1: never touch the network                 |
-| check        | GRAPHOPT_CHECK        | 0                 | 1: `compile` checks every pass's numerics  |
-| dump         | GRAPHOPT_DUMP         | none              | folder for what `compile` dumps            |
-| editor       | VISUAL, EDITOR        | none              | command line that edits a text file        |
-| reread       | GRAPHOPT_REREAD       | 0                 | 1: every graph text is read back, compared |
-| native_flags | GRAPHOPT_NATIVE_FLAGS | none              | further flags of the C++ compiler          |
+| field    | variable          | default           | meaning                                    |
+|----------|-------------------|-------------------|--------------------------------------------|
+| cache    | GRAPHOPT_CACHE    | ~/.cache/graphopt | folder for fetched and converted files     |
+| offline  | GRAPHOPT_OFFLINE  | 0                 | 1: never touch the network                 |
+| check    | GRAPHOPT_CHECK    | 0                 | 1: `compile` checks every pass's numerics  |
+| dump     | GRAPHOPT_DUMP     | none              | folder for what `compile` dumps            |
+| editor   | VISUAL, EDITOR    | none              | command line that edits a text file        |
+| reread   | GRAPHOPT_REREAD   | 0                 | 1: every graph text is read back, compared |
+| cxxflags | GRAPHOPT_CXXFLAGS | none              | further flags of the C++ compiler          |
 
 Functions take a `Config` and read `Config.from_environment()` only when they were given none, so
 that a program can set everything in code.
@@ -38,7 +38,7 @@ class Config:
     dump: Path | None = None
     reread: bool = False
     editor: str = ""
-    native_flags: tuple[str, ...] = ()
+    cxxflags: tuple[str, ...] = ()
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Config:
@@ -54,7 +54,7 @@ class Config:
             dump=_folder("GRAPHOPT_DUMP", dump) if dump else None,
             reread=_flag(env, "GRAPHOPT_REREAD"),
             editor=env.get("VISUAL") or env.get("EDITOR") or "",
-            native_flags=_words(env, "GRAPHOPT_NATIVE_FLAGS"),
+            cxxflags=_words(env, "GRAPHOPT_CXXFLAGS"),
         )
 
 
@@ -70,7 +70,9 @@ def _words(env: Mapping[str, str], variable: str) -> tuple[str, ...]:
     try:
         return tuple(shlex.split(text))
     except ValueError as error:
-        raise UnsupportedError(f"{variable}={text!r} cannot be split into flags: {error}") from error
+        raise UnsupportedError(
+            f"{variable}={text!r} cannot be split into flags: {error}"
+        ) from error
 
 
 def _flag(env: Mapping[str, str], variable: str) -> bool:

@@ -2,7 +2,8 @@
 
 The library's name holds a hash of everything it depends on (sources, flags, those of the Config
 among them, and CPU features, then the compiler's version), so a stale one is never loaded and
-folders shared between machines are safe. A machine without a compiler takes a library that another one built for its CPU.
+folders shared between machines are safe. A machine without a compiler takes a library that another
+one built for its CPU.
 
 A library is used only when its last bytes are the SHA-256 of all before them (the loader ignores
 what follows an ELF image): what a power cut or a full disk left of one is built anew. Builders take
@@ -70,7 +71,7 @@ def build_library(
     """
     config = Config.from_environment()
     folder = (config.cache if cache is None else cache) / "native"
-    flags = (*FLAGS, *(config.native_flags if extra is None else extra))
+    flags = (*FLAGS, *(config.cxxflags if extra is None else extra))
     machine = _hash_of_machine(flags)
     try:
         program = find_compiler(compiler)

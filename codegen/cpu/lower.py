@@ -16,11 +16,13 @@ from torch import Tensor, fx
 
 from graphopt.codegen.cpu.abi import Op, Sym
 from graphopt.codegen.cpu.dtypes import FLOATS, NATIVE_DTYPES
-from graphopt.codegen.cpu.plan import HostStep, NativeStep, Plan, PlanBuilder
-from graphopt.codegen.cpu.views import Extent, View, row_major
+from graphopt.codegen.cpu.plan import Plan, PlanBuilder
+from graphopt.codegen.cpu.plan_steps import HostStep, NativeStep
+from graphopt.codegen.cpu.views import Extent, View, row_major, total
 from graphopt.errors import BackendError
 from graphopt.ir.graph import Graph, op_name, where
 from graphopt.ops.registry import is_impure
+from graphopt.passes.cache.insert_kv_cache import STEP_INPUTS
 
 SYMBOLS = {
     "rows": Sym.SYM_TOKENS,
@@ -66,13 +68,22 @@ class Lowering:
 
     def _input(self, node: fx.Node) -> None:
         value = node.meta["val"]
-        buffer = self.plan.external(str(node.target))
         if node.target in self._opaque:
+            buffer = self.plan.external(str(node.target))
             self.views[node] = View(buffer, value.dtype, (), ())
             return
-        extents = tuple(self.extent(size, node) for size in value.shape)
-        strides = tuple([0] * (len(extents) - 1) + [1]) if extents else ()
-        self.views[node] = View(buffer, value.dtype, extents, strides)
+        axes = dict(STEP_INPUTS).get(str(node.target), ())
+        extents = tuple(Extent(1, SYMBOLS[axis]) for axis in axes)
+        if not axes or self.extents(node) != extents or value.dtype != torch.int64:
+            raise BackendError(
+                f"input %{node.target} : {value.dtype} {list(value.shape)} is none of a step's"
+            )
+        self.views[node] = self._external(str(node.target), extents, value.dtype)
+
+    def _external(self, name: str, extents: tuple[Extent, ...], dtype: torch.dtype) -> View:
+        """Memory of somebody else that holds dense `extents`."""
+        buffer = self.plan.external(name, total(extents, dtype.itemsize))
+        return View(buffer, dtype, extents, row_major(extents))
 
     def _call(self, node: fx.Node) -> None:
         value = node.meta["val"]
@@ -86,8 +97,9 @@ class Lowering:
     def _result(self, node: fx.Node) -> None:
         view = self.view(node)
         self.plan.value = "return"
-        out = View(self.plan.external(LOGITS), view.dtype, view.extents, row_major(view.extents))
-        self.copy(view, out)
+        width = node.meta["val"].shape[-1] * view.dtype.itemsize
+        buffer = self.plan.external(LOGITS, Extent(width, Sym.SYM_LOGIT_ROWS))
+        self.copy(view, View(buffer, view.dtype, view.extents, row_major(view.extents)))
 
     def is_opaque(self, node: fx.Node) -> bool:
         """True for an input that only the kernels made for it can read."""
@@ -117,8 +129,7 @@ class Lowering:
             value = node.meta["val"]
             extents = tuple(Extent(int(s)) for s in value.shape)
             self.vectors[name] = value.dtype
-            buffer = self.plan.external(f"tensor:{name}")
-            self.views[node] = View(buffer, value.dtype, extents, row_major(extents))
+            self.views[node] = self._external(f"tensor:{name}", extents, value.dtype)
         return self.views[node]
 
     def allocate(self, extents: Sequence[Extent], dtype: torch.dtype) -> View:

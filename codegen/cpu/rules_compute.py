@@ -131,33 +131,41 @@ def outer_product(lowering: Lowering, node: fx.Node) -> bool:
     left, right = node.args[:2]
     assert isinstance(left, fx.Node)
     assert isinstance(right, fx.Node)
-    one = left.meta["val"].shape[-1]
-    if not (isinstance(one, int) and one == 1):
+    shapes = [n.meta["val"].shape for n in (left, right)]
+    one = shapes[0][-1]
+    if min(map(len, shapes)) < 2 or not (isinstance(one, int) and one == 1):
         return False
     return _binary(lowering, node, BinaryKind.BINARY_MUL, left, right)
 
 
 def embedding(lowering: Lowering, node: fx.Node) -> bool:
     """Rows of a dense table."""
-    return _embed(lowering, node, argument(node, "weight"), argument(node, "indices"))
+    return _embed(lowering, node, argument(node, "weight"), argument(node, "indices"), 0)
 
 
 def embedding_low_bit(lowering: Lowering, node: fx.Node) -> bool:
     """Rows of a packed table."""
-    return _embed(lowering, node, argument(node, "codes_NKp"), argument(node, "ids"))
+    bits = int(argument(node, "bits"))
+    return _embed(lowering, node, argument(node, "codes_NKp"), argument(node, "ids"), bits)
 
 
-def _embed(lowering: Lowering, node: fx.Node, table: fx.Node, ids: fx.Node) -> bool:
+def _embed(lowering: Lowering, node: fx.Node, table: fx.Node, ids: fx.Node, bits: int) -> bool:
     indices = lowering.view(ids)
     flat = lowering.rows_by_width(indices)
     if table.op != "get_attr" or flat is None or flat[2] != 1 or indices.dtype != torch.int64:
+        return False
+    # The kernel reads ids that lie side by side.
+    if indices.strides != row_major(indices.extents):
         return False
     out = lowering.output(node)
     rows, out_stride, width = lowering.rows_by_width(out) or (None, 0, 0)
     if rows is None or not tensor_floats(out):
         return False
+    table_rows, table_width = _matrix_shape(table, bits)
+    if table_width != width:
+        return False
     weight = _matrix(lowering, table)
-    attrs_i = (0, int(table.meta["val"].shape[0]))
+    attrs_i = (0, table_rows)
     steps = [[out_stride], [flat[1]], []]
     lowering.add(Op.OP_EMBED, [out, indices, weight], [rows, Extent(width)], steps, attrs_i, (1.0,))
     return True
@@ -171,23 +179,32 @@ def _matrix(lowering: Lowering, node: fx.Node) -> View:
     return View(buffer, torch.uint8, (), ())
 
 
+def _matrix_shape(node: fx.Node, bits: int) -> tuple[int, int]:
+    """(rows, columns) of a weight; bits: of its codes, 0 for a dense one."""
+    rows, columns = node.meta["val"].shape
+    return int(rows), int(columns) * (2 if bits == 4 else 1)
+
+
 def linear(lowering: Lowering, node: fx.Node) -> bool:
     """A dense linear layer."""
     weight, bias = argument(node, "weight"), argument(node, "bias")
-    return _linear(lowering, node, argument(node, "input"), weight, bias, 0)
+    return _linear(lowering, node, argument(node, "input"), weight, bias, 0, 0)
 
 
 def linear_low_bit(lowering: Lowering, node: fx.Node) -> bool:
     """A packed linear layer."""
     mode = 1 if argument(node, "activation") == "int8" else 0
     weight, bias = argument(node, "codes_NKp"), argument(node, "bias_N")
-    return _linear(lowering, node, argument(node, "x"), weight, bias, mode)
+    bits = int(argument(node, "bits"))
+    return _linear(lowering, node, argument(node, "x"), weight, bias, bits, mode)
 
 
 def _linear(
-    lowering: Lowering, node: fx.Node, x: fx.Node, weight: Any, bias: Any, mode: int
+    lowering: Lowering, node: fx.Node, x: fx.Node, weight: Any, bias: Any, bits: int, mode: int
 ) -> bool:
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return False
+    if len(weight.meta["val"].shape) != 2:
         return False
     source = lowering.view(x)
     columns = source.extents[-1].mult
@@ -200,6 +217,8 @@ def _linear(
     if flat is None or flat_out is None or flat[2] != columns or not tensor_floats(source, out):
         return False
     rows, out_stride, width = flat_out
+    if _matrix_shape(weight, bits) != (width, columns):
+        return False
     biases = [] if bias is None else [lowering.view(bias)]
     if not all(_is_vector(view, width) for view in biases):
         return False
