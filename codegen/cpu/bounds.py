@@ -8,7 +8,7 @@ operand's shape.
 
 What data say (token ids, slots, block tables, rows that are picked) is bounded by the kernels and,
 once a step, by `native/step.cpp`. Weights in kernel layouts are checked by shape as they are
-lowered (`rules_compute.py`), caches as they are bound (`executable.py`).
+lowered (`rules_weights.py`), caches as they are bound (`executable.py`).
 """
 
 from __future__ import annotations
@@ -68,8 +68,7 @@ _BELOW: dict[Sym, set[Sym]] = {
 def _size(buffer: Temporary | External) -> tuple[int, Sym]:
     """Bytes, and of what symbol they are a multiple."""
     if isinstance(buffer, External):
-        if buffer.size is None:
-            raise BackendError(f"{buffer.name} is read by an op that is not made for it")
+        assert buffer.size is not None, buffer.name
         return buffer.size.mult, buffer.size.sym
     if buffer.bytes_per_token:
         return buffer.bytes_per_token, Sym.SYM_TOKENS

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graphopt.codegen.backend import Cache, KernelCall
-from graphopt.codegen.cpu import rules_compute, rules_shape
+from graphopt.codegen.cpu import rules_compute, rules_shape, rules_weights
 from graphopt.codegen.cpu.abi import Instr, NativeLibrary, Op, Sym, no_memory
 from graphopt.codegen.cpu.dtypes import NATIVE_DTYPES
 from graphopt.codegen.cpu.lower import LOGITS, Lowering
@@ -35,6 +35,7 @@ from graphopt.errors import BackendError
 from graphopt.ir.graph import Graph
 from graphopt.passes.cache.insert_kv_cache import STEP_INPUTS
 
+RULES = {**rules_shape.RULES, **rules_compute.RULES, **rules_weights.RULES}
 _CACHE_OPS = (Op.OP_KV_WRITE, Op.OP_PAGED_ATTENTION)
 _MATRIX_OPS = (Op.OP_EMBED, Op.OP_LINEAR)
 
@@ -168,10 +169,17 @@ class CpuServing:
         self._library.check_step([t.data_ptr() for t in followed], syms, *_size_of(cache))
         for segment in self.plan.segments:
             if isinstance(segment, HostStep):
-                segment.run(self._resolve)
+                self._run_host(segment)
             else:
                 self._library.run(segment.instrs, bases, syms, self._threads)
         return logits
+
+    def _run_host(self, step: HostStep) -> None:
+        try:
+            step.run(self._resolve)
+        except (IndexError, RuntimeError) as error:
+            # Of torch, which checks every index.
+            raise BackendError(f"{step.text} cannot be computed: {error}") from error
 
     def _set(self, name: str, value: Tensor) -> None:
         base = self._base_of.get(name)
@@ -255,7 +263,7 @@ def lower_serving(
     threads: int,
 ) -> CpuServing:
     """Lower `graph`. `pack(name)` gives a weight's kernel layout."""
-    lowering = Lowering(graph, {**rules_shape.RULES, **rules_compute.RULES})
+    lowering = Lowering(graph, RULES)
     plan = lowering.run()
     # Packing releases the graph's copy: a weight that is read in both ways is kept before.
     vectors = {name: _owned(graph, name) for name in lowering.vectors}

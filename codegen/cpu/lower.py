@@ -47,6 +47,7 @@ class Lowering:
         self.graph, self._rules = graph, rules
         self.plan = PlanBuilder()
         self.views: dict[fx.Node, View] = {}
+        self._opaque_views: dict[fx.Node, View] = {}
         self.parts: dict[fx.Node, list[View]] = {}
         self.matrices: dict[str, str] = {}
         self.vectors: dict[str, torch.dtype] = {}
@@ -70,7 +71,7 @@ class Lowering:
         value = node.meta["val"]
         if node.target in self._opaque:
             buffer = self.plan.external(str(node.target))
-            self.views[node] = View(buffer, value.dtype, (), ())
+            self._opaque_views[node] = View(buffer, value.dtype, (), ())
             return
         axes = dict(STEP_INPUTS).get(str(node.target), ())
         extents = tuple(Extent(1, SYMBOLS[axis]) for axis in axes)
@@ -101,9 +102,12 @@ class Lowering:
         buffer = self.plan.external(LOGITS, Extent(width, Sym.SYM_LOGIT_ROWS))
         self.copy(view, View(buffer, view.dtype, view.extents, row_major(view.extents)))
 
-    def is_opaque(self, node: fx.Node) -> bool:
-        """True for an input that only the kernels made for it can read."""
-        return node.target in self._opaque
+    def opaque(self, node: Any) -> View:
+        """A cache, or an input that tells where in it: no array to a plan, a place for the kernels
+        that are made for it."""
+        if node not in self._opaque_views:
+            raise BackendError(f"%{node} is no cache and no input about one")
+        return self._opaque_views[node]
 
     def extent(self, size: Any, node: fx.Node) -> Extent:
         """A size as `mult * symbol`."""
@@ -121,7 +125,12 @@ class Lowering:
         return tuple(self.extent(size, node) for size in node.meta["val"].shape)
 
     def view(self, node: Any) -> View:
-        """Where an operand lies; a weight becomes an external on first use."""
+        """Where an operand lies; a weight becomes an external on first use.
+
+        Raises BackendError for what only `opaque` gives.
+        """
+        if node in self._opaque_views:
+            raise BackendError(f"%{node.target} is read by an op that is not made for it")
         if node not in self.views:
             assert isinstance(node, fx.Node)
             assert node.op == "get_attr", where(node)
@@ -260,8 +269,7 @@ def host_step(lowering: Lowering, node: fx.Node) -> None:
     """Run `node` with torch: its tensor operands are views of the plan's memory."""
     inputs = [n for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor)]
     sizes = [n for n in node.all_input_nodes if not isinstance(n.meta["val"], Tensor)]
-    has_opaque = any(n.op == "placeholder" and lowering.is_opaque(n) for n in inputs)
-    if has_opaque or is_impure(node.target) or not isinstance(node.meta["val"], Tensor):
+    if is_impure(node.target) or not isinstance(node.meta["val"], Tensor):
         raise BackendError(f"the cpu backend has no way to run {where(node)}")
     views = {n: lowering.view(n) for n in inputs}
     extents = {n: lowering.extent(n.meta["val"], n) for n in sizes}
@@ -284,6 +292,12 @@ def host_step(lowering: Lowering, node: fx.Node) -> None:
 def tensor_floats(*views: View) -> bool:
     """True when every view holds floats a kernel takes."""
     return all(v.dtype in FLOATS for v in views)
+
+
+def is_vector(view: View, size: int) -> bool:
+    """True for `size` floats, one after the other."""
+    is_dense = view.strides == row_major(view.extents)
+    return view.extents == (Extent(size),) and is_dense and tensor_floats(view)
 
 
 def scalar(value: Any) -> float | None:

@@ -376,7 +376,10 @@ CASES: dict[Any, list[Build]] = {
     aten.select.int: [_select(0), _select(3), _select(-2)],
     aten.cat.default: [_cat(-1), _cat(2)],
     aten.repeat_interleave.self_int: [_repeat(2), _repeat(-1)],
-    aten.chunk.default: [_parts(aten.chunk.default, 3), _parts(aten.chunk.default, 3, axis=2, count=2)],
+    aten.chunk.default: [
+        _parts(aten.chunk.default, 3),
+        _parts(aten.chunk.default, 3, axis=2, count=2),
+    ],
     aten.split.Tensor: [_parts(aten.split.Tensor, 16), _parts(aten.split.Tensor, 20)],
     aten.split_with_sizes.default: [_parts(aten.split_with_sizes.default, [8, 30, 10])],
     aten.unbind.int: [_parts(aten.unbind.int, axis=2, count=4)],

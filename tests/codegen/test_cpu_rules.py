@@ -10,14 +10,12 @@ from rule_cases import CASES, Build
 from serving_graph import VOCABULARY, ServingGraph
 from serving_steps import Steps
 
-from graphopt.codegen.cpu import rules_compute, rules_shape
+from graphopt.codegen.cpu import rules_compute, rules_shape, rules_weights
 from graphopt.codegen.cpu.backend import CpuBackend
 from graphopt.codegen.cpu.build import load_library
-from graphopt.codegen.cpu.executable import CpuServing
+from graphopt.codegen.cpu.executable import RULES, CpuServing
 from graphopt.codegen.reference import ReferenceBackend
 from graphopt.ir.verify import verify
-
-RULES = {**rules_shape.RULES, **rules_compute.RULES}
 
 
 def name_of(op: Any) -> str:
@@ -37,7 +35,8 @@ def test_every_rule_has_a_case(op: Any) -> None:
 
 
 def test_the_tables_share_no_op() -> None:
-    assert not rules_shape.RULES.keys() & rules_compute.RULES.keys()
+    tables = (rules_shape.RULES, rules_compute.RULES, rules_weights.RULES)
+    assert len(RULES) == sum(map(len, tables))
 
 
 @pytest.mark.parametrize(("op", "build"), BUILDS)
