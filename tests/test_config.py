@@ -45,5 +45,5 @@ def test_flags_of_the_compiler_are_split_as_a_shell_does() -> None:
     config = Config.from_environment({"GRAPHOPT_CXXFLAGS": "-O1 '-DNAME=two words'"})
     assert config.cxxflags == ("-O1", "-DNAME=two words")
     assert Config.from_environment({}).cxxflags == ()
-    with pytest.raises(UnsupportedError, match="GRAPHOPT_CXXFLAGS=.* cannot be split"):
+    with pytest.raises(UnsupportedError, match=r"GRAPHOPT_CXXFLAGS=.* cannot be split"):
         Config.from_environment({"GRAPHOPT_CXXFLAGS": "-O1 '"})
