@@ -15,7 +15,7 @@ import graphopt
 from graphopt.codegen.cpu.backend import CpuBackend
 from graphopt.codegen.cpu.build import load_library
 from graphopt.codegen.reference import ReferenceBackend, TensorCache
-from graphopt.errors import BackendError, GraphoptError, VerifyError
+from graphopt.errors import BackendError, CapacityError, GraphoptError, VerifyError
 from graphopt.ir.graph import Graph
 from graphopt.ir.parser import parse_graph
 from graphopt.ir.printer import print_graph
@@ -163,6 +163,21 @@ def test_a_graph_that_hands_cache_ops_other_numbers_is_refused(
     for backend in (ReferenceBackend(), CpuBackend(load_library())):
         with pytest.raises(VerifyError, match="is not the step input"):
             backend.lower_serving(graph, None, None)
+
+
+def test_no_memory_for_a_step(program: graphopt.Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    executable = program.executable
+    cache = executable.new_cache(6, 4)
+    good = executable(cache, **step_inputs())
+
+    def full(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("not enough memory: you tried to allocate 1 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", full)
+        with pytest.raises(CapacityError, match="not enough memory to compute 5 token rows"):
+            executable(cache, **step_inputs())
+    assert torch.equal(executable(cache, **step_inputs()), good)
 
 
 def test_threads_share_a_program(program: graphopt.Program) -> None:

@@ -126,37 +126,30 @@ USES: dict[str, Callable[[Engine], Any]] = {
 @pytest.mark.parametrize("use", list(USES))
 def test_a_second_thread_is_refused_at_any_time_of_generate(use: str) -> None:
     """Between two steps, too."""
-    engine = Engine(FakeExecutable())
-    done = threading.Event()
+    begun, done = threading.Event(), threading.Event()
     others: list[object] = []
 
     class Watched(FakeExecutable):
+        """The other thread is at it from its first to its last step."""
+
         def __call__(self, *args: Any, **inputs: Any) -> Any:
-            entered.set()
+            begun.set()
+            if self.calls == 199:
+                done.set()
+                meddler.join()
             return super().__call__(*args, **inputs)
 
-    entered = threading.Event()
-    engine = Engine(Watched())
-
     def meddle() -> None:
-        entered.wait()
+        begun.wait()
         while not done.is_set():
             try:
                 others.append(USES[use](engine))
             except RequestError as error:
                 others.append(str(error))
 
-    meddler = threading.Thread(target=meddle)
+    engine, meddler = Engine(Watched()), threading.Thread(target=meddle)
     meddler.start()
-    try:
-        # The last steps may be over before the meddler is told so.
-        with engine._alone():
-            (completion,) = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=200))
-            done.set()
-            meddler.join()
-    finally:
-        done.set()
-        meddler.join()
+    (completion,) = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=200))
     assert list(completion.tokens) == greedy([1, 2, 3], 200)
     assert len(others) > 20
     assert all("another thread is using this engine" in str(other) for other in others)
