@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-fast test-exhaustive install install-dev lint typecheck docs bench clean
+.PHONY: demo test test-fast test-exhaustive sanitize install install-dev lint typecheck docs bench clean
 
 demo: install
 	$(BIN)/graphopt demo
@@ -35,6 +35,11 @@ test-fast: install-dev
 # Everything, the tests of many minutes too.
 test-exhaustive: install-dev
 	$(PYTEST) --exhaustive
+
+# The native kernels' tests under ASan and UBSan, recorded plans under TSan.
+sanitize: install-dev
+	$(BIN)/python tools/sanitize.py address
+	$(BIN)/python tools/sanitize.py thread --callers 8 --rounds 1000 --prove
 
 lint:
 	$(BIN)/python -m ruff check --fix .
