@@ -1,0 +1,167 @@
+"""Which tests to run for a mutant: those that execute its statement, the nearest first.
+
+A record of one test file says what its tests execute of the areas' files; it is kept, and made anew
+when the test file has changed. Statements are named by their text, so an edited source needs no new
+record: a statement that no test knows is looked for by its function.
+
+At module level (tables) the functions that mention what the statement defines stand for it, or, where
+there are none, all functions of the file.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.mutation import probes, sandbox, sources
+from tools.mutation.operators import Mutant
+
+# Tests of what the areas hold; the others compile whole models, or run other processes.
+TESTS = (
+    "tests/passes",
+    "tests/ops",
+    "tests/ir",
+    "tests/codegen",
+    "tests/test_storage.py",
+    "tests/test_bisection.py",
+    "tests/test_numerics.py",
+    "tests/test_program.py",
+    "tests/test_testing.py",
+    "tests/test_golden.py",
+    "tests/test_graph_diff.py",
+    "tests/test_manifest.py",
+    "tests/test_assumption_checks.py",
+)
+MORE_TESTS = {"runtime": ("tests/runtime",)}
+"""Of one area only, and recorded when it is asked for."""
+_SECONDS_TO_RECORD = 1800.0
+
+
+@dataclass(frozen=True, slots=True)
+class Test:
+    """A test, how long it takes, and the statements it executes ("path:scope:text")."""
+
+    name: str
+    seconds: float
+    hits: frozenset[str]
+    own: int
+
+    @property
+    def file(self) -> str:
+        """Its test file."""
+        return self.name.split("::")[0]
+
+
+def record(folder: Path, areas: Iterable[str], say: Callable[[str], None]) -> list[Test]:
+    """All tests for the areas; records the files that are new or have changed since."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found: list[Test] = []
+    for path in test_files(areas):
+        text = (sources.ROOT / path).read_bytes()
+        kept = folder / (path.replace("/", "-").removesuffix(".py") + ".json")
+        digest = hashlib.sha256(text).hexdigest()
+        data = json.loads(kept.read_text()) if kept.exists() else {}
+        if data.get("digest") != digest:
+            say(f"recording {path}")
+            log = kept.with_suffix(".log")
+            data = sandbox.run(lambda p=path: _recorded(p, folder), log, _SECONDS_TO_RECORD)
+            if data is None:
+                raise SystemExit(f"{path} could not be recorded; its output: {log}")
+            data["digest"] = digest
+            kept.write_text(json.dumps(data))
+        keys, shared = data["keys"], [data["keys"][i] for i in data["shared"]]
+        for name, (seconds, hits) in data["tests"].items():
+            statements = frozenset([*(keys[i] for i in hits), *shared])
+            found.append(Test(name, seconds, statements, len(hits)))
+    return found
+
+
+def test_files(areas: Iterable[str]) -> list[str]:
+    """Relative to the root."""
+    found: list[Path] = []
+    for name in (*TESTS, *(more for area in areas for more in MORE_TESTS.get(area, ()))):
+        path = sources.ROOT / name
+        found += sorted(path.rglob("test_*.py")) if path.is_dir() else [path]
+    return [str(path.relative_to(sources.ROOT)) for path in found]
+
+
+def _recorded(path: str, folder: Path) -> dict[str, Any]:
+    hits = probes.HITS
+    every = (str(file) for area in sources.AREAS for file in sources.files(area))
+    sources.Hook({file: probes.probed(file, hits) for file in every}).install()
+    recorder = probes.Recorder()
+    where = folder / "tmp" / str(os.getpid())
+    where.mkdir(parents=True, exist_ok=True)
+    pytest.main(sandbox.pytest_arguments([path], where), plugins=[recorder])
+    good = {k: v for k, v in recorder.tests.items() if k not in recorder.failed}
+    keys = sorted(recorder.shared.union(*(hits for _, hits in good.values())))
+    index = {key: i for i, key in enumerate(keys)}
+    return {
+        "keys": keys,
+        "shared": [index[k] for k in sorted(recorder.shared)],
+        "failed": sorted(recorder.failed),
+        "tests": {
+            name: (round(seconds, 3), [index[k] for k in sorted(hits)])
+            for name, (seconds, hits) in good.items()
+        },
+    }
+
+
+def reaching(mutant: Mutant, source: str, tests: Iterable[Test]) -> list[Test]:
+    """The tests that execute the mutant's statement, the nearest first."""
+    wanted = {f"{mutant.path}:{mutant.statement}"}
+    tests = list(tests)
+    found = [test for test in tests if test.hits & wanted] if mutant.scope else []
+    if not found:
+        scopes = {mutant.scope} if _is_function(mutant, source) else _users(mutant, source)
+        prefixes = tuple(f"{mutant.path}:{scope}:" for scope in scopes)
+        found = [t for t in tests if any(hit.startswith(prefixes) for hit in t.hits)]
+    if not found and not mutant.scope:
+        found = [t for t in tests if any(h.startswith(f"{mutant.path}:") for h in t.hits)]
+    return sorted(found, key=lambda t: (-_nearness(mutant.path, t.file), t.own, t.seconds))
+
+
+def _is_function(mutant: Mutant, source: str) -> bool:
+    scope = mutant.scope.split(".")[-1]
+    return any(
+        isinstance(node, ast.FunctionDef) and node.name == scope
+        for node in ast.walk(ast.parse(source))
+    )
+
+
+def _users(mutant: Mutant, source: str) -> set[str]:
+    found: set[str] = set()
+
+    def visit(body: list[ast.stmt], scope: str) -> None:
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                inner = f"{scope}.{node.name}" if scope else node.name
+                names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+                names |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+                if isinstance(node, ast.FunctionDef) and names & set(mutant.names):
+                    found.add(inner)
+                visit(node.body, inner)
+
+    visit(ast.parse(source).body, "")
+    return found
+
+
+def _nearness(path: str, test_file: str) -> float:
+    own, others = Path(path), Path(test_file)
+    words = _words(own.stem)
+    shared = len(words & _words(others.stem)) / len(words)
+    folders = set(own.parts[:-1]) & set(others.parts[:-1])
+    return 2 * shared + len(folders) + 0.5 * len(_words(own.parent.name) & _words(others.stem))
+
+
+def _words(stem: str) -> set[str]:
+    return {word.rstrip("s") for word in re.split(r"[_\W]+", stem) if word and word != "test"}
