@@ -1,15 +1,14 @@
 """Draws mutants of the source and says which of them no test notices.
 
-    python -m tools.mutation --seed 7 --count 100                  the areas that rewrite and lower
-    python -m tools.mutation --seed 7 --count 20 --area masks      one area (may be repeated)
-    python -m tools.mutation --only 'passes/masks/bits.py:*'       all of a file, or of some lines
-    python -m tools.mutation --only 'passes/masks/bits.py:46'
+    python -m tools.mutation --seed 7 --count 100               the areas that rewrite and lower
+    python -m tools.mutation --seed 7 --count 20 --area masks   one area (may be repeated)
+    python -m tools.mutation --only 'passes/masks/bits.py:*'    all of a file, or of one line
 
 A mutant is one small change of a source file (`operators.py`). The tests that execute the changed
 statement run against it, the nearest first, until one fails; the work tree is never changed. What
-survives is either a test that is missing or a change that means the same: those are listed, with the
-reason, in `equivalent.toml`. Results: `build/mutation/result.json` and a table on the standard output;
-the exit status is 1 when mutants survived that are not listed.
+survives is either a test that is missing or a change that means the same: those are listed, with
+the reason, in `equivalent.toml`. Results: `build/mutation/result.json` and a table on the standard
+output; the exit status is 1 when mutants survived that are not listed.
 
 discarded: the change fails at import, which any test would notice.
 """

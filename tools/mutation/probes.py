@@ -81,12 +81,14 @@ class Recorder:
     @pytest.hookimpl
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Of imports and module-level code."""
+        del session
         self.shared |= HITS
         HITS.clear()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, object, object]:
         """Fixtures."""
+        del item
         HITS.clear()
         result = yield
         self.shared |= HITS

@@ -4,8 +4,8 @@ A record of one test file says what its tests execute of the areas' files; it is
 when the test file has changed. Statements are named by their text, so an edited source needs no new
 record: a statement that no test knows is looked for by its function.
 
-At module level (tables) the functions that mention what the statement defines stand for it, or, where
-there are none, all functions of the file.
+At module level (tables) the functions that mention what the statement defines stand for it, or,
+where there are none, all functions of the file.
 """
 
 from __future__ import annotations
@@ -25,24 +25,6 @@ import pytest
 from tools.mutation import probes, sandbox, sources
 from tools.mutation.operators import Mutant
 
-# Tests of what the areas hold; the others compile whole models, or run other processes.
-TESTS = (
-    "tests/passes",
-    "tests/ops",
-    "tests/ir",
-    "tests/codegen",
-    "tests/test_storage.py",
-    "tests/test_bisection.py",
-    "tests/test_numerics.py",
-    "tests/test_program.py",
-    "tests/test_testing.py",
-    "tests/test_golden.py",
-    "tests/test_graph_diff.py",
-    "tests/test_manifest.py",
-    "tests/test_assumption_checks.py",
-)
-MORE_TESTS = {"runtime": ("tests/runtime",)}
-"""Of one area only, and recorded when it is asked for."""
 _SECONDS_TO_RECORD = 1800.0
 
 
@@ -86,12 +68,13 @@ def record(folder: Path, areas: Iterable[str], say: Callable[[str], None]) -> li
 
 
 def test_files(areas: Iterable[str]) -> list[str]:
-    """Relative to the root."""
-    found: list[Path] = []
-    for name in (*TESTS, *(more for area in areas for more in MORE_TESTS.get(area, ()))):
+    """Relative to the root; each once."""
+    found: dict[str, None] = {}
+    for name in (name for area in areas for name in sources.AREAS[area].tests.split()):
         path = sources.ROOT / name
-        found += sorted(path.rglob("test_*.py")) if path.is_dir() else [path]
-    return [str(path.relative_to(sources.ROOT)) for path in found]
+        for file in sorted(path.rglob("test_*.py")) if path.is_dir() else [path]:
+            found[str(file.relative_to(sources.ROOT))] = None
+    return list(found)
 
 
 def _recorded(path: str, folder: Path) -> dict[str, Any]:

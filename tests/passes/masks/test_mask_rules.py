@@ -199,6 +199,7 @@ CASES: dict[object, tuple[Case, ...]] = {
     aten.slice.Tensor: (
         lambda g: g.call(aten.slice.Tensor, g.x, 1, 2, 6),
         lambda g: g.call(aten.slice.Tensor, g.x, -1, -4, 9223372036854775807, 2),
+        lambda g: g.call(aten.slice.Tensor, g.j, 0, -COLUMNS - 3, 4),
     ),
     aten.select.int: (
         lambda g: g.call(aten.select.int, g.x, 0, 2),
@@ -265,6 +266,11 @@ def full(g: Base) -> Base:
     noise = g.input("noise", torch.randn(ROWS, COLUMNS))
     g.scores = g.call(aten.add.Tensor, noise, g.x)  # type: ignore[attr-defined]
     return g
+
+
+@pytest.mark.parametrize("op", CASES, ids=str)
+def test_every_op_with_a_case_has_a_rule(op: object) -> None:
+    assert op in TABLE
 
 
 def is_read(op: object) -> bool:
