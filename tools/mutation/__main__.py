@@ -24,9 +24,10 @@ import sys
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", action="append", help="'path:line' or 'path:*', may be repeated")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds a mutant at least")
     parser.add_argument(
-        "--budget", type=float, default=60.0, help="seconds of tests a mutant, the nearest first"
+        "--budget", type=float, default=90.0, help="seconds of tests a mutant, the nearest first"
     )
     parser.add_argument("--result", type=Path, default=sources.ROOT / "build/mutation/result.json")
     parser.add_argument("--list", action="store_true", help="show the mutants, run nothing")
@@ -223,20 +224,23 @@ def _against(
     mutant: Mutant, source: str, tests: list[reach.Test], folder: Path
 ) -> dict[str, object]:
     changed = mutant.apply(source)
-    compiled: Callable[[str], object] = lambda _: compile(changed, mutant.path, "exec")  # noqa: E731
-    sources.Hook({mutant.path: compiled}).install()  # type: ignore[dict-item]
+    sources.Hook({mutant.path: lambda _: compile(changed, mutant.path, "exec")}).install()
     chosen = _Chosen([test.name for test in tests])
     where = folder / "tmp" / str(os.getpid())
     where.mkdir(parents=True, exist_ok=True)
-    files = list(dict.fromkeys(test.file for test in tests))
+    status = 0
     try:
-        status = pytest.main(["-x", *sandbox.pytest_arguments(files, where)], plugins=[chosen])
+        # Collecting files takes its time, too: those that are less near only when need be.
+        for _, ring in groupby(tests, lambda test: reach.nearness(mutant.path, test.file)):
+            files = list(dict.fromkeys(test.file for test in ring))
+            arguments = sandbox.pytest_arguments(files, where)
+            status = status or int(pytest.main(["-x", *arguments], plugins=[chosen]))
     except Exception as error:
         # conftest.py or a plugin could not be imported.
         return {"status": 1, "failed": "", "at_import": repr(error)}
     finally:
         shutil.rmtree(where, ignore_errors=True)
-    return {"status": int(status), "failed": chosen.failed, "at_import": chosen.at_import}
+    return {"status": status, "failed": chosen.failed, "at_import": chosen.at_import}
 
 
 def _table(outcomes: list[Outcome]) -> str:

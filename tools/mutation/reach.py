@@ -4,8 +4,8 @@ A record of one test file says what its tests execute of the areas' files; it is
 when the test file has changed. Statements are named by their text, so an edited source needs no new
 record: a statement that no test knows is looked for by its function.
 
-At module level (tables) the functions that mention what the statement defines stand for it, or,
-where there are none, all functions of the file.
+What stands at module level (a table) every test executes that imports the module: all of them, the
+nearest first.
 """
 
 from __future__ import annotations
@@ -103,14 +103,13 @@ def reaching(mutant: Mutant, source: str, tests: Iterable[Test]) -> list[Test]:
     """The tests that execute the mutant's statement, the nearest first."""
     wanted = {f"{mutant.path}:{mutant.statement}"}
     tests = list(tests)
-    found = [test for test in tests if test.hits & wanted] if mutant.scope else []
-    if not found:
-        scopes = {mutant.scope} if _is_function(mutant, source) else _users(mutant, source)
-        prefixes = tuple(f"{mutant.path}:{scope}:" for scope in scopes)
-        found = [t for t in tests if any(hit.startswith(prefixes) for hit in t.hits)]
-    if not found and not mutant.scope:
-        found = [t for t in tests if any(h.startswith(f"{mutant.path}:") for h in t.hits)]
-    return sorted(found, key=lambda t: (-_nearness(mutant.path, t.file), t.own, t.seconds))
+    found = [test for test in tests if test.hits & wanted]
+    if not _is_function(mutant, source):
+        found = tests
+    elif not found:
+        function = f"{mutant.path}:{mutant.scope}:"
+        found = [t for t in tests if any(hit.startswith(function) for hit in t.hits)]
+    return sorted(found, key=lambda t: (-nearness(mutant.path, t.file), t.own, t.seconds))
 
 
 def _is_function(mutant: Mutant, source: str) -> bool:
@@ -121,24 +120,8 @@ def _is_function(mutant: Mutant, source: str) -> bool:
     )
 
 
-def _users(mutant: Mutant, source: str) -> set[str]:
-    found: set[str] = set()
-
-    def visit(body: list[ast.stmt], scope: str) -> None:
-        for node in body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                inner = f"{scope}.{node.name}" if scope else node.name
-                names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-                names |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
-                if isinstance(node, ast.FunctionDef) and names & set(mutant.names):
-                    found.add(inner)
-                visit(node.body, inner)
-
-    visit(ast.parse(source).body, "")
-    return found
-
-
-def _nearness(path: str, test_file: str) -> float:
+def nearness(path: str, test_file: str) -> float:
+    """How much a test file is named like a source file."""
     own, others = Path(path), Path(test_file)
     words = _words(own.stem)
     shared = len(words & _words(others.stem)) / len(words)

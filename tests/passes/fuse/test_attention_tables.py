@@ -1,7 +1,7 @@
 """Every op of the tables of fuse_attention, at every place where the pass looks through it.
 
-The graphs are built op by op and no cleanup runs: this pass alone looks through what is there. An op
-of a table without a case fails, and so does a case whose op has left its table.
+The graphs are built op by op and no cleanup runs: this pass alone looks through what is there. An
+op of a table without a case fails, and so does a case whose op has left its table.
 """
 
 from __future__ import annotations

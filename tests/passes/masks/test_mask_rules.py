@@ -366,3 +366,22 @@ def test_zero_times_infinity_stays_nan() -> None:
     mask = graph.call(aten.mul.Scalar, graph.call(aten.rsub.Scalar, lower, 1.0), -math.inf)
     element = graph.assert_read(mask)
     assert graph.computed(element, (ROWS, COLUMNS)).isnan().sum() == graph.values[graph.c].sum()
+
+
+@pytest.mark.parametrize(("rows", "is_known"), [(8, True), (9, False)])
+def test_an_op_on_many_cases_is_left_alone(rows: int, is_known: bool) -> None:
+    """8 x 8 numbers are computed one by one, 9 x 8 are an element of the node."""
+    graph = MaskGraph()
+    trees = []
+    for count in (rows, 8):
+        at = graph.call(aten.arange.default, 12)
+        tree = graph.call(aten.full.default, [], 0.0)
+        for case in range(1, count):
+            before = graph.call(aten.lt.Scalar, at, case)
+            tree = graph.call(aten.where.ScalarSelf, before, float(case), tree)
+        trees.append(tree)
+    node = graph.call(aten.atan2.default, *trees)
+    if is_known:
+        graph.assert_read(node)
+    else:
+        assert {read.tensor for read in ia.reads(graph.read(node))} == {node.name}
