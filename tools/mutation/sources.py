@@ -25,11 +25,14 @@ class Area:
 AREAS = {
     "masks": Area("passes/masks/*.py", "tests/passes/masks tests/passes/fuse"),
     "fuse": Area("passes/fuse/*.py", "tests/passes/fuse"),
-    "ir": Area("graphopt/ir/*.py", "tests/ir tests/passes/cleanup tests/test_graph_diff.py"),
+    "ir": Area(
+        "graphopt/ir/*.py",
+        "tests/ir tests/passes/cleanup tests/test_graph_diff.py tests/capture/test_bounds.py",
+    ),
     "ops": Area("graphopt/ops/*.py", "tests/ops tests/test_costs.py tests/passes/masks"),
     "storage": Area(
         "graphopt/storage.py graphopt/bisection.py graphopt/numerics.py",
-        "tests/test_storage.py tests/test_bisection.py tests/test_numerics.py",
+        "tests/test_storage.py tests/test_bisection.py tests/test_numerics.py tests/test_program.py",
     ),
     "cpu": Area("codegen/cpu/*.py", "tests/codegen"),
     "cleanup": Area("passes/cleanup/*.py", "tests/passes/cleanup"),
