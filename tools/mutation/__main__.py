@@ -90,7 +90,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", action="append", help="'path:line' or 'path:*', may be repeated")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds a mutant at least")
     parser.add_argument(
-        "--budget", type=float, default=90.0, help="seconds of tests a mutant, the nearest first"
+        "--budget", type=float, default=60.0, help="seconds of tests a mutant, the nearest first"
     )
     parser.add_argument("--result", type=Path, default=sources.ROOT / "build/mutation/result.json")
     parser.add_argument("--list", action="store_true", help="show the mutants, run nothing")

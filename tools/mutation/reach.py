@@ -26,6 +26,7 @@ from tools.mutation import probes, sandbox, sources
 from tools.mutation.operators import Mutant
 
 _SECONDS_TO_RECORD = 1800.0
+_SLOW_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,12 @@ def reaching(mutant: Mutant, source: str, tests: Iterable[Test]) -> list[Test]:
     elif not found:
         function = f"{mutant.path}:{mutant.scope}:"
         found = [t for t in tests if any(hit.startswith(function) for hit in t.hits)]
-    return sorted(found, key=lambda t: (-nearness(mutant.path, t.file), t.own, t.seconds))
+    return sorted(found, key=lambda test: _order(mutant.path, test))
+
+
+def _order(path: str, test: Test) -> tuple[float, ...]:
+    """Nearest first, then quick ones, then those that execute little else."""
+    return -nearness(path, test.file), test.seconds > _SLOW_SECONDS, test.own, test.seconds
 
 
 def _is_function(mutant: Mutant, source: str) -> bool:

@@ -32,7 +32,8 @@ AREAS = {
     "ops": Area("graphopt/ops/*.py", "tests/ops tests/test_costs.py tests/passes/masks"),
     "storage": Area(
         "graphopt/storage.py graphopt/bisection.py graphopt/numerics.py",
-        "tests/test_storage.py tests/test_bisection.py tests/test_numerics.py tests/test_program.py",
+        "tests/test_storage.py tests/test_bisection.py tests/test_numerics.py "
+        "tests/test_program.py",
     ),
     "cpu": Area("codegen/cpu/*.py", "tests/codegen"),
     "cleanup": Area("passes/cleanup/*.py", "tests/passes/cleanup"),
