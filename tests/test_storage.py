@@ -89,7 +89,7 @@ DTYPES = {
 }
 
 
-@pytest.mark.parametrize("name", {*DTYPES, *storage._DTYPES})
+@pytest.mark.parametrize("name", dict.fromkeys((*DTYPES, *storage._DTYPES)))
 def test_every_dtype_of_the_table_is_written_and_read(name: str, tmp_path: Path) -> None:
     dtype = DTYPES[name]
     assert storage._DTYPES[name] == dtype

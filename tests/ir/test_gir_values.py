@@ -79,7 +79,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", {*FUNCTIONS, *parser.SIZE_FUNCTIONS})
+@pytest.mark.parametrize("name", dict.fromkeys((*FUNCTIONS, *parser.SIZE_FUNCTIONS)))
 def test_every_function_of_sizes(name: str) -> None:
     assert parser.SIZE_FUNCTIONS[name] is FUNCTIONS[name]
 
@@ -220,7 +220,7 @@ HOLDS: dict[str, tuple[int, int]] = {
 }
 
 
-@pytest.mark.parametrize("relation", {*HOLDS, *limits._HOLDS})
+@pytest.mark.parametrize("relation", dict.fromkeys((*HOLDS, *limits._HOLDS)))
 def test_every_relation(relation: Any) -> None:
     limit = Limit("n", relation, 8, "branch", "m.py:3")
     good, bad = HOLDS[relation]

@@ -168,7 +168,7 @@ def _tried(
         return "survived", "no test executes it", 0
     expected = sum(test.seconds for test in chosen)
     answer = sandbox.run(
-        lambda: _against(mutant, source, chosen, folder),
+        lambda: _against(mutant, source, chosen, {test.name for test in tests}, folder),
         folder / "mutant.log",
         options.timeout + 4 * expected,
     )
@@ -193,18 +193,22 @@ def _within(tests: list[reach.Test], budget: float) -> Iterator[reach.Test]:
 
 
 class _Chosen:
-    """Pytest plugin: only some tests, in their order; which one failed first."""
+    """Pytest plugin: only some tests, in their order; which one failed first.
 
-    def __init__(self, names: list[str]) -> None:
+    Tests that are not known come first: they exist because of the mutant, which a test may be
+    parametrised over."""
+
+    def __init__(self, names: list[str], known: set[str]) -> None:
         self.order = {name: i for i, name in enumerate(names)}
+        self.known = known
         self.failed = self.at_import = ""
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """See pytest."""
         items[:] = sorted(
-            (item for item in items if item.nodeid in self.order),
-            key=lambda item: self.order[item.nodeid],
+            (i for i in items if i.nodeid in self.order or i.nodeid not in self.known),
+            key=lambda item: self.order.get(item.nodeid, -1),
         )
 
     @pytest.hookimpl
@@ -221,11 +225,11 @@ class _Chosen:
 
 
 def _against(
-    mutant: Mutant, source: str, tests: list[reach.Test], folder: Path
+    mutant: Mutant, source: str, tests: list[reach.Test], known: set[str], folder: Path
 ) -> dict[str, object]:
     changed = mutant.apply(source)
     sources.Hook({mutant.path: lambda _: compile(changed, mutant.path, "exec")}).install()
-    chosen = _Chosen([test.name for test in tests])
+    chosen = _Chosen([test.name for test in tests], known)
     where = folder / "tmp" / str(os.getpid())
     where.mkdir(parents=True, exist_ok=True)
     status = 0

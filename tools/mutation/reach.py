@@ -132,7 +132,7 @@ def nearness(path: str, test_file: str) -> float:
     words = _words(own.stem)
     shared = len(words & _words(others.stem)) / len(words)
     folders = set(own.parts[:-1]) & set(others.parts[:-1])
-    return 2 * shared + len(folders) + 0.5 * len(_words(own.parent.name) & _words(others.stem))
+    return 2 * shared + len(folders)
 
 
 def _words(stem: str) -> set[str]:

@@ -48,7 +48,7 @@ NEGATIVE: dict[object, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("op", [*views._DIMS, *NEGATIVE], ids=str)
+@pytest.mark.parametrize("op", dict.fromkeys((*views._DIMS, *NEGATIVE)), ids=str)
 def test_every_op_counts_its_axes_from_the_front(op: Any) -> None:
     assert op in NEGATIVE, f"{op} has a row and no case"
     assert op in views._DIMS, f"{op} has a case and no row"
@@ -79,7 +79,7 @@ RESHAPES: dict[object, tuple[tuple[Any, ...], list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("op", [*views._VIEWS, *RESHAPES], ids=str)
+@pytest.mark.parametrize("op", dict.fromkeys((*views._VIEWS, *RESHAPES)), ids=str)
 def test_every_view_is_a_reshape(op: Any) -> None:
     args, sizes = RESHAPES[op]
     g = OpGraph()
@@ -90,7 +90,9 @@ def test_every_view_is_a_reshape(op: Any) -> None:
     assert found == ("aten.reshape.default", (sizes,))
 
 
-@pytest.mark.parametrize("op", [*views._MATRIX_TRANSPOSES, aten.mT.default, aten.t.default])
+@pytest.mark.parametrize(
+    "op", dict.fromkeys((*views._MATRIX_TRANSPOSES, aten.mT.default, aten.t.default))
+)
 def test_every_matrix_transpose_is_a_transpose(op: Any) -> None:
     for rank in (2, 3):
         if op is aten.t.default and rank > 2:
@@ -147,7 +149,9 @@ COPIES: dict[object, Case] = {
 ZEROS = (aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar)
 
 
-@pytest.mark.parametrize("op", [*noops._COPIES, *noops._SHAPES, *noops._ONES, *COPIES], ids=str)
+@pytest.mark.parametrize(
+    "op", dict.fromkeys((*noops._COPIES, *noops._SHAPES, *noops._ONES, *COPIES)), ids=str
+)
 def test_every_op_that_returns_its_operand_is_removed(op: Any) -> None:
     args, kwargs = COPIES[op]
     g = OpGraph()
@@ -157,7 +161,7 @@ def test_every_op_that_returns_its_operand_is_removed(op: Any) -> None:
     assert _after(g, "remove_noops") == []
 
 
-@pytest.mark.parametrize("op", [*noops._ZEROS, *ZEROS], ids=str)
+@pytest.mark.parametrize("op", dict.fromkeys((*noops._ZEROS, *ZEROS)), ids=str)
 def test_an_integer_zero_is_removed_and_a_float_zero_stays(op: Any) -> None:
     assert op in ZEROS
     assert op in noops._ZEROS

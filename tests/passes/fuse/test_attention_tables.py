@@ -114,7 +114,7 @@ def test_the_tables_hold_the_ops_that_have_cases() -> None:
     assert set(THROUGH) == EXPECTED
 
 
-@pytest.mark.parametrize("op", EXPECTED, ids=str)
+@pytest.mark.parametrize("op", dict.fromkeys(sorted(EXPECTED, key=str)), ids=str)
 @pytest.mark.parametrize("place", ["q", "k", "v", "keys", "scores", "weights"])
 def test_what_changes_nothing_is_looked_through(op: Any, place: str) -> None:
     if op in operands.VIEWS and place in ("q", "k", "v", "keys"):
@@ -126,7 +126,9 @@ def test_what_changes_nothing_is_looked_through(op: Any, place: str) -> None:
         assert [str(arg) for arg in node.args[:3]] == ["q", "k", "v"]
 
 
-@pytest.mark.parametrize("op", {aten.softmax.int, aten._softmax.default, *SOFTMAX}, ids=str)
+@pytest.mark.parametrize(
+    "op", dict.fromkeys((aten.softmax.int, aten._softmax.default, *SOFTMAX)), ids=str
+)
 def test_every_softmax(op: Any) -> None:
     assert op in SOFTMAX
     node = fused(Site().finish(softmax=op))
@@ -149,7 +151,7 @@ def test_a_safe_softmax() -> None:
 MULTIPLIED = [aten.matmul.default, aten.einsum.default, aten.bmm.default, aten.baddbmm.default]
 
 
-@pytest.mark.parametrize("op", [*operands.PRODUCTS, *MULTIPLIED], ids=str)
+@pytest.mark.parametrize("op", dict.fromkeys((*operands.PRODUCTS, *MULTIPLIED)), ids=str)
 def test_every_product(op: Any) -> None:
     assert op in operands.PRODUCTS
     site = Site()
@@ -171,7 +173,7 @@ SCALES: dict[object, float] = {
 }
 
 
-@pytest.mark.parametrize("op", [*operands._SCALE, *SCALES], ids=str)
+@pytest.mark.parametrize("op", dict.fromkeys((*operands._SCALE, *SCALES)), ids=str)
 @pytest.mark.parametrize("place", ["q", "k", "keys", "scores"])
 def test_a_number_anywhere_is_the_scale(op: Any, place: str) -> None:
     assert op in operands._SCALE
@@ -211,7 +213,9 @@ def test_a_scale_that_widens_stays() -> None:
 
 
 @pytest.mark.parametrize("copy", [None, *operands.COPIES], ids=str)
-@pytest.mark.parametrize("view", [*operands.VIEWS, *operands.FLATTEN, aten.flatten.using_ints])
+@pytest.mark.parametrize(
+    "view", dict.fromkeys((*operands.VIEWS, *operands.FLATTEN, aten.flatten.using_ints))
+)
 def test_repeated_heads(view: Any, copy: Any) -> None:
     """[B, G, S, D] -> [B, G, 1, S, D] -> [B, G, 2, S, D] -> [B, 2 * G, S, D]"""
     site = Site()
@@ -262,7 +266,9 @@ def _normalised(make: Callable[[Site, fx.Node], fx.Node]) -> list[str]:
     return [rejection.code for rejection in report.rejections("fuse_attention")]
 
 
-@pytest.mark.parametrize("op", [*lookalikes._EXPONENTIALS, aten.exp.default, aten.exp2.default])
+@pytest.mark.parametrize(
+    "op", dict.fromkeys((*lookalikes._EXPONENTIALS, aten.exp.default, aten.exp2.default))
+)
 def test_every_exponential_is_named(op: Any) -> None:
     def by_hand(g: Site, x: fx.Node) -> fx.Node:
         powers = g.call(op, x)
@@ -272,7 +278,9 @@ def test_every_exponential_is_named(op: Any) -> None:
     assert _normalised(by_hand) == ["softmax-by-hand"]
 
 
-@pytest.mark.parametrize("op", [*lookalikes._OTHERS, aten.sigmoid.default, aten.log_softmax.int])
+@pytest.mark.parametrize(
+    "op", dict.fromkeys((*lookalikes._OTHERS, aten.sigmoid.default, aten.log_softmax.int))
+)
 def test_every_other_normaliser_is_named(op: Any) -> None:
     rest = (-1,) if op is aten.log_softmax.int else ()
     assert _normalised(lambda g, x: g.call(op, x, *rest)) == ["not-softmax"]
@@ -296,7 +304,7 @@ STEPS: dict[object, Step] = {
 }
 
 
-@pytest.mark.parametrize("op", [*lookalikes._STEPS, *STEPS], ids=str)
+@pytest.mark.parametrize("op", dict.fromkeys((*lookalikes._STEPS, *STEPS)), ids=str)
 def test_a_lookalike_is_found_behind_every_step(op: Any) -> None:
     assert op in lookalikes._STEPS
     assert _normalised(lambda g, x: g.call(aten.sigmoid.default, STEPS[op](g, x))) == [

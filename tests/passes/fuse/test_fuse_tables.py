@@ -61,7 +61,9 @@ def test_every_square_under_a_root(op: Any) -> None:
     assert fused(norm, "fuse_norm") == (["graphopt.rms_norm"], [])
 
 
-@pytest.mark.parametrize("op", {*norm_factor._ADDS, aten.add.Tensor, aten.add.Scalar}, ids=str)
+@pytest.mark.parametrize(
+    "op", dict.fromkeys((*norm_factor._ADDS, aten.add.Tensor, aten.add.Scalar)), ids=str
+)
 def test_every_sum_under_a_root(op: Any) -> None:
     assert op in norm_factor._ADDS
 
@@ -100,7 +102,7 @@ ROOTS: dict[str, tuple[Make, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", {*ROOTS, *map(str, norm_factor._ROOTS)})
+@pytest.mark.parametrize("name", dict.fromkeys((*ROOTS, *map(str, norm_factor._ROOTS))))
 def test_every_root(name: str) -> None:
     assert not name.startswith("aten") or name in map(str, norm_factor._ROOTS)
     assert fused(_root(*ROOTS[name]), "fuse_norm") == (["graphopt.rms_norm"], [])
@@ -134,7 +136,7 @@ VARIANCES: dict[object, tuple[Any, ...]] = {
 }
 
 
-@pytest.mark.parametrize("op", {*norm_factor._VARIANCES, *VARIANCES}, ids=str)
+@pytest.mark.parametrize("op", dict.fromkeys((*norm_factor._VARIANCES, *VARIANCES)), ids=str)
 def test_every_variance(op: Any) -> None:
     assert op in norm_factor._VARIANCES
     named = {"correction": 0, "keepdim": True} if op is aten.var.correction else {}
@@ -190,7 +192,7 @@ OF_SQUARES: dict[object, tuple[Any, ...]] = {
 }
 
 
-@pytest.mark.parametrize("op", {*norm_factor._POINTWISE, *OF_SQUARES}, ids=str)
+@pytest.mark.parametrize("op", dict.fromkeys((*norm_factor._POINTWISE, *OF_SQUARES)), ids=str)
 def test_a_norm_is_a_candidate_behind_every_op_on_the_mean(op: Any) -> None:
     """Refused by name, not passed over."""
     assert op in norm_factor._POINTWISE
@@ -204,7 +206,9 @@ def test_a_norm_is_a_candidate_behind_every_op_on_the_mean(op: Any) -> None:
     assert len(rejected) == 1
 
 
-@pytest.mark.parametrize("op", {*norm_factor._STATISTICS, aten.mean.dim, aten.sum.dim_IntList})
+@pytest.mark.parametrize(
+    "op", dict.fromkeys((*norm_factor._STATISTICS, aten.mean.dim, aten.sum.dim_IntList))
+)
 def test_every_statistic_of_squares_is_a_candidate(op: Any) -> None:
     assert op in norm_factor._STATISTICS
     g = OpGraph()
@@ -235,7 +239,7 @@ HALVED: dict[object, float] = {
 }
 
 
-@pytest.mark.parametrize("op", {*gated_activation._MULS, *HALVED}, ids=str)
+@pytest.mark.parametrize("op", dict.fromkeys((*gated_activation._MULS, *HALVED)), ids=str)
 def test_every_product_with_a_number(op: Any) -> None:
     assert op in gated_activation._MULS
     is_division = op in (aten.div.Tensor, aten.div.Scalar)
@@ -248,7 +252,9 @@ def test_every_product_with_a_number(op: Any) -> None:
     assert fused(gated(gelu), "fuse_mlp") == (["graphopt.geglu"], [])
 
 
-@pytest.mark.parametrize("op", {*gated_activation._ADDS, aten.add.Tensor, aten.add.Scalar}, ids=str)
+@pytest.mark.parametrize(
+    "op", dict.fromkeys((*gated_activation._ADDS, aten.add.Tensor, aten.add.Scalar)), ids=str
+)
 def test_every_sum_with_one(op: Any) -> None:
     assert op in gated_activation._ADDS
 

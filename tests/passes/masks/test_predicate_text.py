@@ -72,7 +72,9 @@ CALLS: dict[str, tuple[tuple[Expr, ...], str]] = {
 }
 
 
-@pytest.mark.parametrize("op", {*predicate_text._INFIX, *predicate_text._FUNCTIONS, *CALLS})
+@pytest.mark.parametrize(
+    "op", dict.fromkeys((*predicate_text._INFIX, *predicate_text._FUNCTIONS, *CALLS))
+)
 def test_every_operation_that_has_a_text(op: str) -> None:
     assert op in predicate_text._INFIX or op in predicate_text._FUNCTIONS
     args, written = CALLS[op]
