@@ -151,7 +151,7 @@ class _Finder:
         self, statement: ast.stmt, body: list[ast.stmt], scope: str
     ) -> Iterator[Mutant]:
         self.statement, self.scope = statement, scope
-        if isinstance(statement, (ast.Raise, ast.Assert)):
+        if isinstance(statement, (ast.Raise, ast.Assert)) or _is_alias(statement, scope):
             return
         yield from self._removed(statement, body)
         if isinstance(statement, ast.If):
@@ -310,6 +310,12 @@ def _called(node: ast.Call) -> str:
 
 def _is_text(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+
+def _is_alias(statement: ast.stmt, scope: str) -> bool:
+    """A type under a name: `Maker = Callable[[str], Tensor]`."""
+    is_assigned = isinstance(statement, (ast.Assign, ast.AnnAssign)) and not scope
+    return is_assigned and isinstance(getattr(statement, "value", None), ast.Subscript)
 
 
 def _is_slots(statement: ast.stmt) -> bool:

@@ -44,6 +44,8 @@ CASES: dict[object, tuple[Case, ...]] = {
     aten.add.Tensor: (
         lambda g: g.call(aten.add.Tensor, g.i, g.j),
         lambda g: g.call(aten.add.Tensor, g.x, g.x),
+        # An axis of size 1 has one index, whatever it is broadcast to.
+        lambda g: g.call(aten.add.Tensor, g.call(aten.arange.default, 1), g.j),
     ),
     aten.add.Scalar: (
         lambda g: g.call(aten.add.Scalar, g.j, 3),
@@ -242,7 +244,10 @@ CASES: dict[object, tuple[Case, ...]] = {
     aten.clamp_max.Tensor: (lambda g: g.call(aten.clamp_max.Tensor, g.x, g.y),),
 }
 for _copy in (aten.clone, aten.contiguous, aten.alias, aten.detach, aten.lift_fresh_copy):
-    CASES[_copy.default] = (lambda g, op=_copy.default: g.call(op, g.x),)
+    CASES[_copy.default] = (
+        lambda g, op=_copy.default: g.call(op, g.x),
+        lambda g, op=_copy.default: g.call(op, g.half),
+    )
 CASES[aten.detach_.default] = CASES[aten.detach.default]
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     _tensor, _scalar = getattr(aten, _name).Tensor, getattr(aten, _name).Scalar
@@ -262,6 +267,8 @@ def full(g: Base) -> Base:
     """More operands, made where a case wants them."""
     g.one = g.call(aten.full.default, [], 5)  # type: ignore[attr-defined]
     g.q2 = g.call(aten.full.default, [ROWS, 2], 3.0)  # type: ignore[attr-defined]
+    positions = g.call(aten.to.dtype, g.j, torch.float32)
+    g.half = g.call(aten.gt.Scalar, positions, 2.5)  # type: ignore[attr-defined]
     g.lowest = g.call(aten.full.default, [], LOW)  # type: ignore[attr-defined]
     noise = g.input("noise", torch.randn(ROWS, COLUMNS))
     g.scores = g.call(aten.add.Tensor, noise, g.x)  # type: ignore[attr-defined]
