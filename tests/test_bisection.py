@@ -185,3 +185,74 @@ def test_a_rewrite_that_raises_is_found_with_its_place(
 def test_bad_options_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedError, match=next(iter(option))):
         graphopt.bisect(tiny_llama(1), **option)
+
+
+def rescaling(monkeypatch: pytest.MonkeyPatch, cls: type[Pass[Any]], factor: float) -> None:
+    """The pass multiplies the last norm by `factor`, and nothing else."""
+
+    def rewrite(self: Any, builder: GraphBuilder, bound: fx.Node) -> None:
+        with builder.at(bound):
+            new = builder.emit(bound.target, bound.args, dict(bound.kwargs), like=[bound])
+            if bound.meta["layer"] == "model.norm":
+                scaled = builder.emit(torch.ops.aten.mul.Tensor, [new, factor], like=[bound])
+                scaled.meta["layer"] = bound.meta["layer"]
+                new = scaled
+        replace(builder.graph, bound, new)
+
+    monkeypatch.setattr(cls, "rewrite", rewrite)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor", "is_found"),
+    [
+        (torch.float32, 1.01, True),
+        (torch.float32, 1.00001, False),
+        (torch.float64, 1.01, True),
+        (torch.bfloat16, 1.2, True),
+        (torch.bfloat16, 1.01, False),
+    ],
+)
+def test_what_counts_as_rounding_goes_by_the_dtype(
+    wrong_pass: type[Pass[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    factor: float,
+    is_found: bool,
+) -> None:
+    rescaling(monkeypatch, wrong_pass, factor)
+    found = graphopt.bisect(tiny_llama(1).to(dtype), serving=False)
+    if not is_found:
+        assert found is None
+        return
+    assert found is not None
+    assert found.site is not None
+    assert (found.site.name, found.site.layer) == ("rewrite_norms#2", "model.norm")
+    assert found.error == pytest.approx(factor - 1, rel=0.1)
+
+
+def test_a_tolerance_of_ones_own(
+    wrong_pass: type[Pass[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rescaling(monkeypatch, wrong_pass, 1.01)
+    model = tiny_llama(1)
+    assert graphopt.bisect(model, serving=False, tolerance=0.05) is None
+    found = graphopt.bisect(model, serving=False, tolerance=0.005)
+    assert found is not None
+    # With a limit the pass gets no further than what it may apply.
+    assert graphopt.bisect(model, serving=False, limits={"rewrite_norms": 2}) is None
+
+
+def test_only_a_new_or_an_empty_folder_is_written(
+    wrong_pass: type[Pass[Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rescaling(monkeypatch, wrong_pass, 2.0)
+    found = graphopt.bisect(tiny_llama(1), serving=False)
+    assert found is not None
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UnsupportedError, match="not an empty folder"):
+        found.save(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "a" / "new"):
+        found.save(folder)
+        assert (folder / "weights.safetensors").is_file()

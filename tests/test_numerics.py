@@ -12,6 +12,7 @@ from tiny_models import tiny_llama
 from torch import Tensor, fx, nn
 
 import graphopt
+from graphopt import numerics
 from graphopt.errors import NumericsError, RequestError, UnsupportedError
 from graphopt.ir.builder import GraphBuilder, replace
 from graphopt.ir.graph import Graph
@@ -123,3 +124,112 @@ def test_inputs_that_do_not_fit_are_refused(inputs: Any) -> None:
         graphopt.compile(tiny_llama(1), check="numerics", check_inputs=inputs)
     with pytest.raises(RequestError):
         graphopt.bisect(tiny_llama(1), inputs=inputs)
+
+
+class Untouched(Pass[fx.Node]):
+    """A pass of some tier; only its tier is read."""
+
+    name: ClassVar[str] = "untouched"
+    stage: ClassVar[Stage] = "fuse"
+
+    def match(self, graph: Graph) -> Iterable[fx.Node]:
+        return []
+
+    def check(self, graph: Graph, node: fx.Node) -> fx.Node | Reject:
+        return node
+
+    def rewrite(self, builder: GraphBuilder, bound: fx.Node) -> None:
+        """Never called."""
+
+
+def with_tier(tier: Tier) -> Pass[fx.Node]:
+    made: Pass[fx.Node] = type("Named", (Untouched,), {"tier": tier})()
+    return made
+
+
+RELAXED = Tier("reassociating", 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tier", "dtypes", "allowed"),
+    [
+        (EXACT, [torch.float32], 0.0),
+        (EXACT, [torch.bfloat16], 0.0),
+        (Tier("approximate", metric="none"), [torch.float32], math.inf),
+        # float32 and finer: what the tier says, and what the depth of a model makes of rounding.
+        (RELAXED, [torch.float32], 1e-4),
+        (RELAXED, [torch.float64], 1e-4),
+        (Tier("reassociating", 1e-9), [torch.float32], numerics.LEAST_TOLERANCE),
+        # Coarser types round more, up to a limit; the coarsest output counts.
+        (RELAXED, [torch.float16], 1e-4 * 2**13),
+        (RELAXED, [torch.float16, torch.float32], 1e-4 * 2**13),
+        (RELAXED, [torch.bfloat16], 1e-4 * 5e3),
+        (RELAXED, [torch.int64], 1e-4),
+        (RELAXED, [], 1e-4),
+    ],
+)
+def test_what_a_tier_allows(tier: Tier, dtypes: list[torch.dtype], allowed: float) -> None:
+    outputs = [torch.ones(2).to(dtype) for dtype in dtypes]
+    expected = min(allowed, tier.tolerance * 5e3) if tier is RELAXED else allowed
+    assert numerics.allowance(with_tier(tier), outputs) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("tier", "moved_by", "is_kept"),
+    [
+        (EXACT, 0.0, True),
+        (EXACT, 1e-7, False),
+        (RELAXED, 5e-5, True),
+        (RELAXED, 2e-4, False),
+        (Tier("approximate", metric="none"), 3.0, True),
+    ],
+)
+def test_a_tier_is_kept_or_not(tier: Tier, moved_by: float, is_kept: bool) -> None:
+    before = [torch.tensor([1.0, 0.5])]
+    after = [before[0] + torch.tensor([moved_by, 0.0])]
+    change = numerics.measure("p", after, before)
+    pass_ = with_tier(tier)
+    assert numerics.keeps_tier(pass_, change, after, before) == is_kept
+    text = numerics.excess(pass_, change, numerics.allowance(pass_, before))
+    assert f"{change.max_relative:.2e} relative ({change.max_absolute:.2e} absolute" in text
+    assert f"its tier {tier.kind!r} allows" in text
+
+
+def test_a_change_is_measured_absolute_relative_and_in_ulp() -> None:
+    before = [torch.tensor([-4.0, 1.0]), torch.tensor([8.0]), torch.arange(3), torch.empty(0)]
+    after = [torch.tensor([-4.0, 1.5]), torch.tensor([8.25]), torch.arange(3), torch.empty(0)]
+    change = numerics.measure("p", after, before)
+    assert (change.pass_name, change.max_absolute, change.max_relative) == ("p", 0.5, 0.125)
+    assert change.max_ulp == 0.125 / torch.finfo(torch.float32).eps
+    # nan and infinities in the same places count nothing, those in one alone everything.
+    odd = [torch.tensor([math.nan, math.inf, 2.0])]
+    moved = [torch.tensor([math.nan, math.inf, 3.0])]
+    change = numerics.measure("p", moved, odd)
+    assert (change.max_absolute, change.max_relative) == (1.0, 0.5)
+    assert numerics.measure("p", odd, [torch.tensor([0.0, math.inf, 2.0])]).max_ulp == math.inf
+    zeros = [torch.zeros(2)]
+    assert numerics.measure("p", zeros, zeros).max_ulp == 0.0
+
+
+def test_outputs_that_say_nothing_are_noted_once() -> None:
+    class Infinite(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.contiguous() * 1.0 / 0.0).contiguous()
+
+    x = torch.rand(2, 3) + 1
+    program = graphopt.compile(Infinite().eval(), x, check="numerics", backend="reference")
+    notes = [note for note in program.report.notes if "nan or infinite" in note]
+    assert len(notes) == 1
+    program = graphopt.compile(Noise().eval(), x, check="numerics", backend="reference")
+    assert not [note for note in program.report.notes if "nan or infinite" in note]
+
+
+def test_integers_and_shapes_are_compared() -> None:
+    ones, twos = [torch.ones(2).long()], [torch.full((2,), 2)]
+    assert relative_error(ones, ones) == 0.0
+    assert math.isinf(relative_error(ones, twos))
+    assert math.isinf(relative_error([torch.ones(2)], [torch.ones(2, 1)]))
+    assert not same_bits(ones, twos)
+    assert not same_bits([torch.ones(2)], [torch.ones(2).double()])
+    assert relative_error([torch.tensor([1.0, 3.0])], [torch.tensor([2.0, 4.0])]) == 0.25
+    assert relative_error([torch.empty(0)], [torch.empty(0)]) == 0.0

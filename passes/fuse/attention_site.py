@@ -31,7 +31,7 @@ from graphopt.passes.fuse.attention_walk import (
     walk_down,
     without_row_maximum,
 )
-from graphopt.passes.fuse.walk import CASTS
+from graphopt.passes.fuse.walk import CASTS, is_last_axis
 from graphopt.passes.masks import algebra as ia
 from graphopt.passes.masks.algebra import Expr
 from graphopt.passes.masks.bits import read_bits
@@ -113,7 +113,7 @@ def proven(
 def hand_written(graph: Graph, softmax: fx.Node) -> AttentionSite | Reject:
     """The attention around a softmax, or why it is none."""
     rank = len(shape_of(softmax))
-    if int(argument(softmax, "dim")) % rank != rank - 1:
+    if not is_last_axis(softmax, argument(softmax, "dim")):
         text = "the softmax is not over the last axis"
         return Reject("softmax-axis", text, softmax, "put the keys on the last axis")
     down = walk_down(graph, softmax)

@@ -111,6 +111,15 @@ def _dropout(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr
     return None if is_on else _same(values, node, sizes)
 
 
+def _with_axes(rule: Rule) -> Rule:
+    """A rule that counts axes. torch takes 0 and -1 of a tensor that has none."""
+
+    def checked(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
+        return rule(values, node, sizes) if sizes else None
+
+    return checked
+
+
 def _moved(values: MaskValues, node: fx.Node, order: Sequence[int]) -> Expr:
     """Axis i of the result is axis order[i] of the operand."""
     assert isinstance(node.args[0], fx.Node)
@@ -146,6 +155,9 @@ def _slice(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr |
     first = start.element
     if isinstance(first, ia.Num) and first.value < 0:
         first = ia.add(grid.sizes[dim], first)
+        if isinstance(first, ia.Num):
+            # Before the first element there is none.
+            first = ia.integer(max(int(first.value), 0))
     return ia.substitute(grid.element, {axis(dim): ia.add(first, axis(dim), step)})
 
 
@@ -295,8 +307,8 @@ MOVING: dict[object, Rule] = {
     aten.baddbmm.default: _product_and_more,
     aten.dropout.default: _dropout,
     aten.permute.default: _permute,
-    aten.transpose.int: _transpose,
-    aten.t.default: _transpose,
+    aten.transpose.int: _with_axes(_transpose),
+    aten.t.default: _with_axes(_transpose),
     **dict.fromkeys(
         (
             aten.view.default,
@@ -310,13 +322,13 @@ MOVING: dict[object, Rule] = {
         reshape,
     ),
     aten.repeat.default: _repeat,
-    aten.repeat_interleave.self_int: _repeat_each,
-    aten.flip.default: _flip,
+    aten.repeat_interleave.self_int: _with_axes(_repeat_each),
+    aten.flip.default: _with_axes(_flip),
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.index.Tensor: _index,
-    aten.index_select.default: _index_select,
+    aten.index_select.default: _with_axes(_index_select),
     aten.cat.default: _concatenate,
     aten.diff.default: _difference,
-    aten.cumsum.default: _cumulative_sum,
+    aten.cumsum.default: _with_axes(_cumulative_sum),
 }

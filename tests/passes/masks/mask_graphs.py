@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
+from op_graph import OpGraph
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from graphopt.ir.builder import GraphBuilder
-from graphopt.ir.graph import Graph, InputSpec, graph_module
 from graphopt.passes.masks import algebra as ia
 from graphopt.passes.masks.algebra import Expr
 from graphopt.passes.masks.meaning import reader
@@ -38,38 +34,12 @@ FLOAT_CALLS: dict[str, Callable[..., Tensor]] = {
     "same": torch.eq,
     "not": torch.logical_not,
     "magnitude": torch.abs,
+    "narrow": Tensor.double,
 }
 
 
-class MaskGraph:
-    """A graph over fixed sizes, with the real value of every node."""
-
-    def __init__(self) -> None:
-        self.graph = Graph("masks", graph_module(fx.Graph()), (), {})
-        self.values: dict[fx.Node, Tensor] = {}
-        self._builder = GraphBuilder(self.graph, FakeTensorMode(shape_env=ShapeEnv()))
-
-    def input(self, name: str, value: Tensor) -> fx.Node:
-        """A placeholder."""
-        with self._builder.mode:
-            fake = torch.empty(value.shape, dtype=value.dtype)
-        node = self._builder.input(name, fake)
-        self.graph.inputs = (*self.graph.inputs, InputSpec(name))
-        self.values[node] = value
-        return node
-
-    def weight(self, name: str, value: Tensor) -> fx.Node:
-        """A constant."""
-        node = self._builder.weight(name, value, like=[])
-        self.values[node] = value
-        return node
-
-    def call(self, op: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A call, computed at once."""
-        node = self._builder.emit(op, args, kwargs, like=[])
-        real, named = fx.node.map_arg((args, kwargs), self.values.__getitem__)
-        self.values[node] = op(*real, **named)
-        return node
+class MaskGraph(OpGraph):
+    """What the algebra reads of a graph, and what that computes."""
 
     def read(self, node: fx.Node) -> Expr:
         """The algebra's view of a node."""
@@ -116,8 +86,7 @@ def _value(e: Expr, variables: Mapping[str, Tensor], tensors: Mapping[str, Tenso
     if isinstance(e, ia.Sum):
         return sum((value(a) * c for a, c in e.terms), torch.tensor(e.constant))
     if isinstance(e, ia.Read):
-        found = tensors[e.tensor][tuple(value(i) for i in e.indices)]
-        return found.double() if found.is_floating_point() else found
+        return _element(tensors[e.tensor], [value(i) for i in e.indices])
     args = [value(a) for a in e.args]
     if e.op == "ge0":
         return args[0] >= 0
@@ -136,3 +105,18 @@ def _value(e: Expr, variables: Mapping[str, Tensor], tensors: Mapping[str, Tenso
             result = combine(result, arg)
         return result
     return FLOAT_CALLS[e.op](*args)
+
+
+def _element(tensor: Tensor, indices: Sequence[Tensor]) -> Tensor:
+    """Elements; outside of the tensor, where a condition must not look, what is never right."""
+    if not indices:
+        return tensor.double() if tensor.is_floating_point() else tensor
+    sizes = zip(indices, tensor.shape, strict=True)
+    inside = torch.stack(torch.broadcast_tensors(*((i >= 0) & (i < n) for i, n in sizes))).all(0)
+    clamped = (i.clamp(0, n - 1) for i, n in zip(indices, tensor.shape, strict=True))
+    found = tensor[tuple(clamped)]
+    if tensor.dtype == torch.bool:
+        assert inside.all()
+        return found
+    found = found.double() if tensor.is_floating_point() else found
+    return torch.where(inside, found, 987654)

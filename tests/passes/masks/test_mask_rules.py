@@ -44,6 +44,8 @@ CASES: dict[object, tuple[Case, ...]] = {
     aten.add.Tensor: (
         lambda g: g.call(aten.add.Tensor, g.i, g.j),
         lambda g: g.call(aten.add.Tensor, g.x, g.x),
+        # An axis of size 1 has one index, whatever it is broadcast to.
+        lambda g: g.call(aten.add.Tensor, g.call(aten.arange.default, 1), g.j),
     ),
     aten.add.Scalar: (
         lambda g: g.call(aten.add.Scalar, g.j, 3),
@@ -199,6 +201,7 @@ CASES: dict[object, tuple[Case, ...]] = {
     aten.slice.Tensor: (
         lambda g: g.call(aten.slice.Tensor, g.x, 1, 2, 6),
         lambda g: g.call(aten.slice.Tensor, g.x, -1, -4, 9223372036854775807, 2),
+        lambda g: g.call(aten.slice.Tensor, g.j, 0, -COLUMNS - 3, 4),
     ),
     aten.select.int: (
         lambda g: g.call(aten.select.int, g.x, 0, 2),
@@ -241,7 +244,10 @@ CASES: dict[object, tuple[Case, ...]] = {
     aten.clamp_max.Tensor: (lambda g: g.call(aten.clamp_max.Tensor, g.x, g.y),),
 }
 for _copy in (aten.clone, aten.contiguous, aten.alias, aten.detach, aten.lift_fresh_copy):
-    CASES[_copy.default] = (lambda g, op=_copy.default: g.call(op, g.x),)
+    CASES[_copy.default] = (
+        lambda g, op=_copy.default: g.call(op, g.x),
+        lambda g, op=_copy.default: g.call(op, g.half),
+    )
 CASES[aten.detach_.default] = CASES[aten.detach.default]
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     _tensor, _scalar = getattr(aten, _name).Tensor, getattr(aten, _name).Scalar
@@ -261,10 +267,17 @@ def full(g: Base) -> Base:
     """More operands, made where a case wants them."""
     g.one = g.call(aten.full.default, [], 5)  # type: ignore[attr-defined]
     g.q2 = g.call(aten.full.default, [ROWS, 2], 3.0)  # type: ignore[attr-defined]
+    positions = g.call(aten.to.dtype, g.j, torch.float32)
+    g.half = g.call(aten.gt.Scalar, positions, 2.5)  # type: ignore[attr-defined]
     g.lowest = g.call(aten.full.default, [], LOW)  # type: ignore[attr-defined]
     noise = g.input("noise", torch.randn(ROWS, COLUMNS))
     g.scores = g.call(aten.add.Tensor, noise, g.x)  # type: ignore[attr-defined]
     return g
+
+
+@pytest.mark.parametrize("op", CASES, ids=str)
+def test_every_op_with_a_case_has_a_rule(op: object) -> None:
+    assert op in TABLE
 
 
 def is_read(op: object) -> bool:
@@ -360,3 +373,22 @@ def test_zero_times_infinity_stays_nan() -> None:
     mask = graph.call(aten.mul.Scalar, graph.call(aten.rsub.Scalar, lower, 1.0), -math.inf)
     element = graph.assert_read(mask)
     assert graph.computed(element, (ROWS, COLUMNS)).isnan().sum() == graph.values[graph.c].sum()
+
+
+@pytest.mark.parametrize(("rows", "is_known"), [(8, True), (9, False)])
+def test_an_op_on_many_cases_is_left_alone(rows: int, is_known: bool) -> None:
+    """8 x 8 numbers are computed one by one, 9 x 8 are an element of the node."""
+    graph = MaskGraph()
+    trees = []
+    for count in (rows, 8):
+        at = graph.call(aten.arange.default, 12)
+        tree = graph.call(aten.full.default, [], 0.0)
+        for case in range(1, count):
+            before = graph.call(aten.lt.Scalar, at, case)
+            tree = graph.call(aten.where.ScalarSelf, before, float(case), tree)
+        trees.append(tree)
+    node = graph.call(aten.atan2.default, *trees)
+    if is_known:
+        graph.assert_read(node)
+    else:
+        assert {read.tensor for read in ia.reads(graph.read(node))} == {node.name}
