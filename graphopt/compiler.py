@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from graphopt.capture import ModelSource, capture
-from graphopt.capture.capture import Dynamic, Example
+from graphopt.capture.arguments import Example
+from graphopt.capture.capture import Dynamic
+from graphopt.capture.export import refuse_random
 from graphopt.codegen.cpu.backend import select
 from graphopt.config import Config
 from graphopt.context import narrowing, stated_context
@@ -26,6 +28,7 @@ from graphopt.options import (
     SERVING_PASS,
     check_choices,
     check_edits,
+    check_instruments,
     check_source,
     check_threads,
     plan_passes,
@@ -84,7 +87,8 @@ def compile(
         pass changes more than its tier allows; `program.report.numerics` has the figures. Default:
         GRAPHOPT_CHECK. check_inputs: recorded inputs to run on; random ones by default.
     edit: pass name -> function that gets the graph text after the pass and returns the text to go
-        on with; see `graphopt.edit.Edit`.
+        on with: `text -> text`, or `(text, error) -> text`, which is asked again while its text
+        cannot be read; see `graphopt.edit.Edit`.
     threads: of the cpu backend; default: as many as torch uses.
     """
     if check not in (None, "numerics"):
@@ -96,6 +100,7 @@ def compile(
     check_source(model, example, dynamic)
     report, config = Report(), Config.from_environment()
     plan = plan_passes(passes, enable, disable, limits, activations, serving)
+    given_instruments = check_instruments(instruments)
     expected = {} if expect is None else expect
     check_names(expected, plan.running)
     edits = check_edits(edit, plan.running)
@@ -104,7 +109,7 @@ def compile(
     recorder = TraceRecorder(
         report, is_checked=config.reread, listener=None if writer is None else writer.step
     )
-    watchers: list[Instrument] = [recorder, *instruments]
+    watchers: list[Instrument] = [recorder, *given_instruments]
     if check == "numerics" or config.check:
         watchers.append(NumericsCheck(report, check_inputs))
     if edits:
@@ -120,6 +125,7 @@ def compile(
             graph = source.copy()
         else:
             graph = capture(source, example, dynamic=dynamic)
+        refuse_random(graph)
     for note in graph.notes:
         report.note(note)
     sizes = size_limits(graph)
