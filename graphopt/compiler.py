@@ -22,6 +22,7 @@ from graphopt.errors import RequestError, UnsupportedError, WeightFormatError
 from graphopt.expectations import check_counts, check_names
 from graphopt.inputs import longest_sequence, size_limits
 from graphopt.ir.graph import Graph
+from graphopt.ir.weights import owned
 from graphopt.models import GenerationDefaults, end_token_ids, generation_defaults, load
 from graphopt.numerics import NumericsCheck
 from graphopt.options import (
@@ -65,6 +66,10 @@ def compile(
     threads: int | None = None,
 ) -> Program:
     """Compile a model.
+
+    The program has its weights in memory of its own, on every backend: it stays what was compiled
+    when the model is trained on or loaded anew. A second copy of the weights is the price for a
+    model that the caller keeps; one that is given by name is not kept.
 
     model: an nn.Module in eval mode, what `graphopt.models.load` returned, a reference that it
         takes ("smollm2-135m", a folder, a GGUF file), an ExportedProgram, or a captured Graph.
@@ -163,6 +168,8 @@ def compile(
             if isinstance(model, str):
                 # Nobody else holds the loaded module: let its weights go as they are packed.
                 del source
+            else:
+                owned(graph.weights, {} if serving_graph is None else serving_graph.weights)
             program = Program(
                 graph,
                 serving_graph,

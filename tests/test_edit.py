@@ -114,7 +114,9 @@ def test_a_function_of_one_argument_is_asked_once(graph: Graph) -> None:
         graphopt.compile(
             graph,
             edit={
-                "fuse_norm": lambda text: asked.append(text) or text.replace("return %", "return %9")
+                "fuse_norm": lambda text: (
+                    asked.append(text) or text.replace("return %", "return %9")
+                )
             },
         )
     assert len(asked) == 2

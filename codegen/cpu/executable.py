@@ -30,7 +30,7 @@ from graphopt.codegen.reference import (
 )
 from graphopt.errors import BackendError
 from graphopt.ir.graph import Graph
-from graphopt.passes.cache.insert_kv_cache import STEP_INPUTS
+from graphopt.ir.serving_form import STEP_INPUTS
 
 _CACHE_OPS = (Op.OP_KV_WRITE, Op.OP_PAGED_ATTENTION)
 _MATRIX_OPS = (Op.OP_EMBED, Op.OP_LINEAR)

@@ -156,16 +156,18 @@ def _embed(lowering: Lowering, node: fx.Node, table: fx.Node, ids: fx.Node) -> b
     rows, out_stride, width = lowering.rows_by_width(out) or (None, 0, 0)
     if rows is None or not tensor_floats(out):
         return False
-    weight = _matrix(lowering, table)
+    weight = _matrix(lowering, table, node.target is embedding_wq.SPEC.overload)
     attrs_i = (0, int(table.meta["val"].shape[0]))
     steps = [[out_stride], [flat[1]], []]
     lowering.add(Op.OP_EMBED, [out, indices, weight], [rows, Extent(width)], steps, attrs_i, (1.0,))
     return True
 
 
-def _matrix(lowering: Lowering, node: fx.Node) -> View:
+def _matrix(lowering: Lowering, node: fx.Node, is_low_bit: bool) -> View:
     """A weight that is read in a kernel layout. Its kind is filled in when it is packed."""
-    name = str(node.target).removesuffix(".codes")
+    name = str(node.target)
+    if is_low_bit:
+        name = name.removesuffix(".codes")
     buffer = lowering.plan.external(f"matrix:{name}")
     lowering.matrices[name] = name
     return View(buffer, torch.uint8, (), ())
@@ -203,7 +205,8 @@ def _linear(
     biases = [] if bias is None else [lowering.view(bias)]
     if not all(_is_vector(view, width) for view in biases):
         return False
-    operands = [out, source, _matrix(lowering, weight), *biases]
+    is_low_bit = node.target is linear_wq.SPEC.overload
+    operands = [out, source, _matrix(lowering, weight, is_low_bit), *biases]
     steps: list[Any] = [[out_stride], [flat[1]], *([] for _ in range(1 + len(biases)))]
     attrs_i = (0, mode, int(bias is not None), 0)
     dims = [rows, Extent(width), Extent(columns)]
@@ -272,7 +275,9 @@ def rotary(lowering: Lowering, node: fx.Node) -> bool:
     shape, shape_out = _heads(source), _heads(out)
     if shape is None or shape_out is None or not tensor_floats(source, cos, sin, out):
         return False
-    if not cos.extents[0].is_one or not sin.extents[0].is_one:
+    tables = (cos.extents, sin.extents)
+    # The kernel reads a row of each table for each row, or one for all.
+    if any(not axes[0].is_one or axes[1] not in (shape[0], Extent(1)) for axes in tables):
         return False
     if cos.strides[2] != 1 or sin.strides[2] != 1:
         cos, sin = lowering.dense(cos), lowering.dense(sin)
@@ -294,6 +299,12 @@ def _check_cache(node: fx.Node, name: str, heads: int, width: int) -> None:
         )
 
 
+def _check_rows(node: fx.Node, *rows: Extent) -> None:
+    """Cache ops go by the step's token rows: another count would read beside its operands."""
+    if any(count != Extent(1, Sym.SYM_TOKENS) for count in rows):
+        raise BackendError(f"{where(node)} does not work on the token rows of the step")
+
+
 def write_cache(lowering: Lowering, node: fx.Node) -> bool:
     """Keys and values into the cache. Block size and blocks are filled in per cache."""
     k_cache, v_cache, k, v, slots = (lowering.view(n) for n in node.args)
@@ -304,6 +315,9 @@ def write_cache(lowering: Lowering, node: fx.Node) -> bool:
     if k_shape is None or v_shape is None or not tensor_floats(k, v):
         return False
     rows, heads, k_width = k_shape[:3]
+    _check_rows(node, rows, v_shape[0])
+    if v_shape[1] != heads:
+        return False
     steps = [[], [], k_shape[3:], v_shape[3:], [1]]
     _check_cache(node, "k_cache", heads.mult, k_width)
     _check_cache(node, "v_cache", heads.mult, v_shape[2])
@@ -326,6 +340,7 @@ def paged(lowering: Lowering, node: fx.Node) -> bool:
     if shape is None or shape_out is None or not tensor_floats(q, out):
         return False
     rows, heads, width, row_stride, head_stride = shape
+    _check_rows(node, rows)
     kv_heads = int(argument(node, "k_cache").meta["val"].shape[2])
     if heads.mult % kv_heads:
         return False
@@ -349,6 +364,8 @@ def gated(lowering: Lowering, node: fx.Node) -> bool:
     gate, up = (lowering.view(n) for n in node.args[:2])
     out = lowering.output(node)
     flat = [lowering.rows_by_width(v) for v in (out, gate, up)]
+    if not out.extents == gate.extents == up.extents:
+        return False
     if any(f is None for f in flat) or not tensor_floats(out, gate, up):
         return False
     if node.target is swiglu.SPEC.overload:

@@ -85,5 +85,3 @@ def _named(module: nn.Module, example: Any) -> tuple[dict[str, Any], list[str]]:
         positional = names
     call = dict(zip(names, example, strict=False))
     return call, [n for n in positional if n in call]
-
-

@@ -176,16 +176,9 @@ def graph_from_exported(
             "source": source_of(node),
         }
         mapping[node] = made
-    try:
-        gm = graph_module(new)
-    except SyntaxError as error:
-        raise CaptureError(
-            f"FX cannot name the weights of {name} in code: a module's name has a quote or a line "
-            f"end in it; rename the module ({error.text or error})"
-        ) from None
     graph = Graph(
         name,
-        gm,
+        graph_module(new),
         tuple(inputs),
         weights,
         symbols=dict(symbol_names or {}),

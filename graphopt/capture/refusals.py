@@ -338,9 +338,7 @@ def refused_node(node: fx.Node, source: Callable[[fx.Node], str]) -> CaptureErro
     return CaptureError(_told(what, node, source, mend))
 
 
-def refused_layout(
-    value: Tensor, node: fx.Node, source: Callable[[fx.Node], str]
-) -> CaptureError:
+def refused_layout(value: Tensor, node: fx.Node, source: Callable[[fx.Node], str]) -> CaptureError:
     """A value that is no dense tensor."""
     layout = str(value.layout).removeprefix("torch.")
     return CaptureError(
@@ -348,9 +346,7 @@ def refused_layout(
     )
 
 
-def refused_dtype(
-    value: Tensor, node: fx.Node, source: Callable[[fx.Node], str]
-) -> CaptureError:
+def refused_dtype(value: Tensor, node: fx.Node, source: Callable[[fx.Node], str]) -> CaptureError:
     """A value of a dtype that no graph has."""
     is_input = node.op == "placeholder"
     what = f"input {node.name!r} is {value.dtype}" if is_input else f"{value.dtype} is made"

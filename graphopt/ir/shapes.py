@@ -47,7 +47,6 @@ def told_dtypes() -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES)
 
 
-
 # Distinct and far from 0 and 1, so that no guess about a size is true by accident.
 _HINTS = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43)
 

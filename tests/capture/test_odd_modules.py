@@ -157,12 +157,16 @@ def test_what_is_no_example_is_named(example: Any) -> None:
         (X.to("meta"), "the example's 'x' is on meta"),
         ([X.to_sparse()], "the example's 'x' has the layout sparse_coo"),
         ({3: X}, "forward has no argument 3"),
-        (X.to(torch.uint16), r"input 'x' is torch\.uint16"),
     ],
 )
 def test_an_example_that_no_graph_takes_is_named(example: Any, what: str) -> None:
     with pytest.raises(CaptureError, match=what):
         graphopt.compile(Net().eval(), example)
+
+
+def test_an_input_of_a_dtype_without_a_name_is_told() -> None:
+    with pytest.raises(CaptureError, match=r"input 'input' is torch\.uint16; convert it"):
+        graphopt.compile(nn.ReLU().eval(), X.to(torch.uint16))
 
 
 def test_a_traced_module_is_refused() -> None:
