@@ -226,8 +226,8 @@ def load_report(folder: str | Path) -> Report:
 def _read_graph(
     file: Path, weights: dict[str, Tensor], namespaces: Collection[str], dialect: str
 ) -> Graph:
-    """A graph that the verifier accepts: a hash says that a file is the one that was saved, not that
-    what was saved is a graph. Raises ProgramFormatError."""
+    """A graph that the verifier accepts: a hash says that a file is the one that was saved, not
+    that what was saved is a graph. Raises ProgramFormatError."""
     try:
         graph = parse_graph(_text(file), weights, namespaces=namespaces)
         verify(graph)

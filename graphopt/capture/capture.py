@@ -87,8 +87,8 @@ def capture(
             graph = _graph(module, call, axes, strict, source.name, positional)
     except SystemExit as error:
         raise CaptureError(
-            f"forward of {source.name} ends the process (SystemExit: {error.code!r}); take sys.exit "
-            "out of what it calls"
+            f"forward of {source.name} ends the process (SystemExit: {error.code!r}); take "
+            "sys.exit out of what it calls"
         ) from error
     for name in list(graph.weights):
         if name in source.packed:

@@ -1,5 +1,5 @@
-"""Which ops a graph text can name: torch's, those that graphopt, its plugins and transformers define,
-those of namespaces that the caller trusts, and arithmetic on sizes.
+"""Which ops a graph text can name: torch's, those that graphopt, its plugins and transformers
+define, those of namespaces that the caller trusts, and arithmetic on sizes.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ _OP = re.compile(r"\s*([\w.]+)\s*\(")
 
 @dataclass(frozen=True, slots=True)
 class CallLine:
-    """number: "%12". type: as written. comment: layer, source and history, "" where it ends before."""
+    """number: "%12". type: as written. comment: layer, source, history, "" where it ends before."""
 
     number: str
     type: str
