@@ -40,6 +40,13 @@ def sizes(name: str, tensor: Tensor, *wanted: Size | None) -> None:
             size(f"axis {axis} of {name}", found, expected)
 
 
+def broadcast(name: str, vector: Tensor, width: Size) -> None:
+    """A vector of `width`, or one number for all."""
+    require(vector.ndim <= 1, f"{name} has 1 axis, not {vector.ndim}")
+    if vector.ndim and not (isinstance(vector.shape[0], int) and vector.shape[0] == 1):
+        size(f"axis 0 of {name}", vector.shape[0], width)
+
+
 def floats(**tensors: Tensor | None) -> None:
     """Floating-point operands, or none."""
     for name, tensor in tensors.items():

@@ -52,7 +52,7 @@ def fake(
     operands.require(x.ndim > 0, "x has no axis")
     operands.floats(x=x, weight_D=weight_D)
     if weight_D is not None:
-        operands.sizes("weight_D", weight_D, x.shape[-1])
+        operands.broadcast("weight_D", weight_D, x.shape[-1])
     operands.finite(eps=eps, weight_offset=weight_offset)
     return x.new_empty(x.shape)
 
