@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from graphopt.capture import ModelSource, capture
-from graphopt.capture.capture import Dynamic, Example
+from graphopt.capture.arguments import Example
+from graphopt.capture.capture import Dynamic
 from graphopt.errors import PassError, UnsupportedError
 from graphopt.graph_diff import collapsed_diff
 from graphopt.ir.graph import Graph, namespaces_of

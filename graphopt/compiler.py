@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from graphopt.capture import ModelSource, capture
-from graphopt.capture.capture import Dynamic, Example
+from graphopt.capture.arguments import Example
+from graphopt.capture.capture import Dynamic
+from graphopt.capture.export import refuse_random
 from graphopt.codegen.cpu.backend import select
 from graphopt.config import Config
 from graphopt.context import narrowing, stated_context
@@ -20,6 +22,7 @@ from graphopt.errors import RequestError, UnsupportedError, WeightFormatError
 from graphopt.expectations import check_counts, check_names
 from graphopt.inputs import longest_sequence, size_limits
 from graphopt.ir.graph import Graph
+from graphopt.ir.weights import owned
 from graphopt.models import GenerationDefaults, end_token_ids, generation_defaults, load
 from graphopt.models.schema import TOKEN
 from graphopt.numerics import NumericsCheck
@@ -27,6 +30,7 @@ from graphopt.options import (
     SERVING_PASS,
     check_choices,
     check_edits,
+    check_instruments,
     check_source,
     check_threads,
     plan_passes,
@@ -64,6 +68,10 @@ def compile(
 ) -> Program:
     """Compile a model.
 
+    The program has its weights in memory of its own, on every backend: it stays what was compiled
+    when the model is trained on or loaded anew. A second copy of the weights is the price for a
+    model that the caller keeps; one that is given by name is not kept.
+
     model: an nn.Module in eval mode, what `graphopt.models.load` returned, a reference that it
         takes ("smollm2-135m", a folder, a GGUF file), an ExportedProgram, or a captured Graph.
     example, dynamic: as for `graphopt.capture`.
@@ -85,7 +93,8 @@ def compile(
         pass changes more than its tier allows; `program.report.numerics` has the figures. Default:
         GRAPHOPT_CHECK. check_inputs: recorded inputs to run on; random ones by default.
     edit: pass name -> function that gets the graph text after the pass and returns the text to go
-        on with; see `graphopt.edit.Edit`.
+        on with: `text -> text`, or `(text, error) -> text`, which is asked again while its text
+        cannot be read; see `graphopt.edit.Edit`.
     threads: of the cpu backend; default: as many as torch uses.
     """
     if check not in (None, "numerics"):
@@ -97,6 +106,7 @@ def compile(
     check_source(model, example, dynamic)
     report, config = Report(), Config.from_environment()
     plan = plan_passes(passes, enable, disable, limits, activations, serving)
+    given_instruments = check_instruments(instruments)
     expected = {} if expect is None else expect
     check_names(expected, plan.running)
     edits = check_edits(edit, plan.running)
@@ -105,7 +115,7 @@ def compile(
     recorder = TraceRecorder(
         report, is_checked=config.reread, listener=None if writer is None else writer.step
     )
-    watchers: list[Instrument] = [recorder, *instruments]
+    watchers: list[Instrument] = [recorder, *given_instruments]
     if check == "numerics" or config.check:
         watchers.append(NumericsCheck(report, check_inputs))
     if edits:
@@ -122,6 +132,7 @@ def compile(
             graph = source.copy()
         else:
             graph = capture(source, example, dynamic=dynamic)
+        refuse_random(graph)
     for note in graph.notes:
         report.note(note)
     sizes = size_limits(graph)
@@ -166,6 +177,8 @@ def compile(
             if isinstance(model, str):
                 # Nobody else holds the loaded module: let its weights go as they are packed.
                 del source
+            else:
+                owned(graph.weights, {} if serving_graph is None else serving_graph.weights)
             program = Program(
                 graph,
                 serving_graph,

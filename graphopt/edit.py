@@ -6,10 +6,11 @@ compiled on. In the report and the trace an edit is a step of its own, called "e
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from graphopt.errors import ProgramFormatError, VerifyError
 from graphopt.ir.graph import Graph, namespaces_of
@@ -20,17 +21,43 @@ from graphopt.passes.base import Pass
 from graphopt.report import PassRecord, Report
 from graphopt.trace import TraceRecorder
 
-Edit = Callable[[str, str], str]
-"""(text, error) -> text. Called again with its own text and the error while that cannot be read;
-it may raise to give up. Text that was not changed is no edit."""
+Edit = Callable[[str], str] | Callable[[str, str], str]
+"""text -> text, or (text, error) -> text, which is called again with its own text and the error
+while that cannot be read; it may raise to give up. Text that was not changed is no edit."""
+
+Asked = Callable[[str, str], Any]
+"""An edit that takes both."""
 
 NAME = "edit"
+
+
+def as_asked(function: Any) -> Asked | None:
+    """An Edit as one that takes both arguments, a second try of a text alone changing nothing; None
+    for what takes neither one nor two arguments."""
+    try:
+        signature = inspect.signature(function)
+    # Not callable, or written in C and without a signature.
+    except (TypeError, ValueError):
+        return None
+    if _takes(signature, "text", "error"):
+        return cast(Asked, function)
+    if _takes(signature, "text"):
+        return lambda text, error: text if error else function(text)
+    return None
+
+
+def _takes(signature: inspect.Signature, *given: str) -> bool:
+    try:
+        signature.bind(*given)
+    except TypeError:
+        return False
+    return True
 
 
 class EditAfter:
     """Instrument. edits: pass name -> what edits the graph after it."""
 
-    def __init__(self, edits: Mapping[str, Edit], report: Report, recorder: TraceRecorder) -> None:
+    def __init__(self, edits: Mapping[str, Asked], report: Report, recorder: TraceRecorder) -> None:
         self._edits, self._report, self._recorder = edits, report, recorder
 
     def before(self, pass_: Pass[Any], graph: Graph) -> None:
@@ -50,6 +77,10 @@ class EditAfter:
         text, error = original, ""
         while True:
             edited = self._edits[pass_.name](text, error)
+            if not isinstance(edited, str):
+                raise ProgramFormatError(
+                    f"the edit after {pass_.name} returned {type(edited).__name__}, not the text"
+                )
             if edited == original:
                 return
             if error and edited == text:

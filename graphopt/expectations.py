@@ -12,7 +12,7 @@ import torch
 
 from graphopt.errors import ExpectationError, PassError, UnsupportedError, did_you_mean
 from graphopt.ir.graph import Graph
-from graphopt.ir.parser import SIZE_FUNCTIONS
+from graphopt.ir.size_arithmetic import SIZE_FUNCTIONS
 from graphopt.ops.registry import load_all
 from graphopt.passes.registry import find
 from graphopt.report import Report

@@ -9,9 +9,10 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from graphopt.codegen.cpu.backend import BACKENDS
+from graphopt.edit import Asked, as_asked
 from graphopt.errors import PassError, UnsupportedError
 from graphopt.ir.graph import Graph
-from graphopt.passes.manager import PassManager
+from graphopt.passes.manager import Instrument, PassManager
 from graphopt.passes.registry import default_passes, find
 from graphopt.program import KV_DTYPES
 
@@ -158,17 +159,37 @@ def check_limits(limits: Mapping[str, int] | None, running: Sequence[str]) -> di
     return dict(limits or {})
 
 
-def check_edits(edit: Mapping[str, Any] | None, running: Sequence[str]) -> dict[str, Any]:
+def check_edits(edit: Mapping[str, Any] | None, running: Sequence[str]) -> dict[str, Asked]:
     """The edits as a dict. Raises PassError for an edit that would not be made."""
     if not isinstance(edit or {}, Mapping):
         raise PassError(f"edit={edit!r} must be a dict: edit={{'fuse_norm': function}}")
+    edits: dict[str, Asked] = {}
     for name, function in (edit or {}).items():
         find(name)
         if name not in running:
             raise PassError(f"edit names {name!r}, which is not in this run")
-        if not callable(function):
-            raise PassError(f"edit={{{name!r}: {function!r}}}: a function (text, error) -> text")
-    return dict(edit or {})
+        asked = as_asked(function)
+        if asked is None:
+            raise PassError(
+                f"edit={{{name!r}: {function!r}}}: a function (text) -> text, or "
+                "(text, error) -> text to be asked again when its text cannot be read"
+            )
+        edits[name] = asked
+    return edits
+
+
+def check_instruments(instruments: Any) -> list[Instrument]:
+    """The instruments as a list. Raises PassError for what is none."""
+    if not isinstance(instruments, Sequence) or isinstance(instruments, str):
+        raise PassError(f"instruments={instruments!r} must be a list of instruments")
+    for instrument in instruments:
+        methods = (getattr(instrument, name, None) for name in ("before", "after"))
+        if isinstance(instrument, type) or not all(map(callable, methods)):
+            raise PassError(
+                f"instruments holds {instrument!r}, which is no instrument: an object with "
+                "before(pass_, graph) and after(pass_, graph, record)"
+            )
+    return list(instruments)
 
 
 def is_count(value: Any) -> bool:

@@ -33,9 +33,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from graphopt.codegen.cpu.backend import select
-from graphopt.errors import ProgramFormatError
+from graphopt.errors import ProgramFormatError, VerifyError
+from graphopt.ir.graph import Graph
 from graphopt.ir.parser import parse_graph
 from graphopt.ir.printer import print_graph
+from graphopt.ir.verify import verify
 from graphopt.json_file import parse_json, read_object
 from graphopt.manifest import (
     FORWARD,
@@ -194,11 +196,11 @@ def load_program(
         options = replace(options, backend=backend)
     check_threads(options.backend, threads)
     weights = mapped_weights(path / WEIGHTS)
-    graph = parse_graph(_text(path / FORWARD), weights, namespaces=namespaces)
+    graph = _read_graph(path / FORWARD, weights, namespaces, "captured")
     graph.limits = (*graph.limits, *manifest.limits)
     serving = None
     if manifest.serving:
-        serving = parse_graph(_text(path / SERVING), weights, namespaces=namespaces)
+        serving = _read_graph(path / SERVING, weights, namespaces, "serving")
     report = _read_report(path)
     report.seconds["read"] = time.perf_counter() - started
     tokenizer = _read_tokenizer(path / "tokenizer")
@@ -221,6 +223,21 @@ def load_report(folder: str | Path) -> Report:
     path = _as_path(folder)
     read_manifest(path)
     return _read_report(path)
+
+
+def _read_graph(
+    file: Path, weights: dict[str, Tensor], namespaces: Collection[str], dialect: str
+) -> Graph:
+    """A graph that the verifier accepts: a hash says that a file is the one that was saved, not
+    that what was saved is a graph. Raises ProgramFormatError."""
+    try:
+        graph = parse_graph(_text(file), weights, namespaces=namespaces)
+        verify(graph)
+    except (ProgramFormatError, VerifyError) as error:
+        raise ProgramFormatError(f"{file} is damaged: {error}") from error
+    if graph.dialect != dialect:
+        raise ProgramFormatError(f"{file} is damaged: it is a {graph.dialect} graph, not {dialect}")
+    return graph
 
 
 def _text(file: Path) -> str:

@@ -101,9 +101,34 @@ def test_an_edit_that_is_never_mended_is_an_error(
         graphopt.compile(graph, edit={"fuse_norm": wrong})
 
 
+def test_a_function_of_one_argument_is_asked_once(graph: Graph) -> None:
+    asked = []
+
+    def doubled(text: str) -> str:
+        asked.append(text)
+        return text.replace("scale=0.25", "scale=0.5")
+
+    def broken(text: str) -> str:
+        asked.append(text)
+        return text.replace("return %", "return %9")
+
+    program = graphopt.compile(graph, edit={"fuse_attention": doubled})
+    assert "scale=0.5" in program.trace.steps[-1].text
+    with pytest.raises(ProgramFormatError, match=r"the edit after fuse_norm: .*not defined"):
+        graphopt.compile(graph, edit={"fuse_norm": broken})
+    assert len(asked) == 2
+
+
+def test_what_an_edit_returns_must_be_text(graph: Graph) -> None:
+    with pytest.raises(ProgramFormatError, match="the edit after fuse_norm returned NoneType"):
+        graphopt.compile(graph, edit={"fuse_norm": lambda text: None})
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
+        ({"fuse_norm": lambda: None}, r"a function \(text\)"),
+        ({"fuse_norm": lambda a, b, c: a}, r"a function \(text\)"),
         ({"fuse_nrom": lambda t, e: t}, "did you mean 'fuse_norm'"),
         ({"merge_qkv": lambda t, e: t}, "not in this run"),
         ({"fuse_norm": "text"}, "a function"),

@@ -33,6 +33,8 @@ def program(model: LlamaForCausalLM) -> Program:
         ({"disable": "fuse_norm"}, PassError, r"disable=\['fuse_norm'\]"),
         ({"passes": "fuse_norm"}, PassError, r"passes=\['fuse_norm'\]"),
         ({"enable": "merge_qkv"}, PassError, r"enable=\['merge_qkv'\]"),
+        ({"instruments": [1]}, PassError, "instruments holds 1, which is no instrument"),
+        ({"instruments": 1}, PassError, "instruments=1 must be a list"),
         ({"disable": None}, PassError, "disable=None must be a list"),
         ({"disable": [3]}, PassError, "disable holds 3"),
         ({"disable": ["fuse_nrom"]}, PassError, "did you mean 'fuse_norm'"),

@@ -18,7 +18,7 @@ from graphopt.codegen.cpu.packing import KernelWeight, pack_dense, pack_low_bit
 from graphopt.codegen.reference import ReferenceBackend, ReferenceForward, ReferenceServing
 from graphopt.errors import BackendError, UnsupportedError
 from graphopt.ir.graph import Graph, argument
-from graphopt.ir.verify import check_step_inputs
+from graphopt.ir.serving_form import check_serving_form
 from graphopt.ir.weights import PackedWeight
 from graphopt.ops import embedding_wq, linear_wq
 from graphopt.report import LOGGER, Report
@@ -56,7 +56,7 @@ class CpuBackend:
         tensors); `CpuServing.original_weights` gives them back, bit for bit.
         """
         check_weights(graph)
-        check_step_inputs(graph)
+        check_serving_form(graph)
         readers = low_bit_readers(graph)
 
         def pack(name: str) -> KernelWeight:

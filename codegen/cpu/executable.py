@@ -33,7 +33,7 @@ from graphopt.codegen.reference import (
 )
 from graphopt.errors import BackendError
 from graphopt.ir.graph import Graph
-from graphopt.passes.cache.insert_kv_cache import STEP_INPUTS
+from graphopt.ir.serving_form import STEP_INPUTS
 
 RULES = {**rules_shape.RULES, **rules_compute.RULES, **rules_weights.RULES}
 _CACHE_OPS = (Op.OP_KV_WRITE, Op.OP_PAGED_ATTENTION)

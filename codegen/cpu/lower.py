@@ -19,7 +19,7 @@ from graphopt.codegen.cpu.dtypes import FLOATS, NATIVE_DTYPES
 from graphopt.codegen.cpu.plan import Plan, PlanBuilder
 from graphopt.codegen.cpu.plan_steps import HostStep, NativeStep
 from graphopt.codegen.cpu.views import Extent, View, row_major, total
-from graphopt.errors import BackendError
+from graphopt.errors import BackendError, GraphoptError
 from graphopt.ir.graph import Graph, op_name, where
 from graphopt.ops.registry import is_impure
 from graphopt.passes.cache.insert_kv_cache import STEP_INPUTS
@@ -92,8 +92,12 @@ class Lowering:
             return
         self.plan.value = f"%{node.meta['number']}"
         apply = self._rules.get(node.target)
-        if apply is None or not apply(self, node):
-            self._host(node)
+        try:
+            if apply is None or not apply(self, node):
+                self._host(node)
+        # A rule reads numbers and shapes off a graph that may come from a file.
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise BackendError(f"{where(node)} cannot be lowered: {error}") from error
 
     def _result(self, node: fx.Node) -> None:
         view = self.view(node)
@@ -132,8 +136,10 @@ class Lowering:
         if node in self._opaque_views:
             raise BackendError(f"%{node.target} is read by an op that is not made for it")
         if node not in self.views:
-            assert isinstance(node, fx.Node)
-            assert node.op == "get_attr", where(node)
+            if not isinstance(node, fx.Node):
+                raise BackendError(f"{node!r} is no tensor that the cpu backend could read")
+            if node.op != "get_attr":
+                raise BackendError(f"{where(node)} is no tensor that the cpu backend could read")
             name = str(node.target)
             value = node.meta["val"]
             extents = tuple(Extent(int(s)) for s in value.shape)
@@ -274,18 +280,23 @@ def host_step(lowering: Lowering, node: fx.Node) -> None:
     views = {n: lowering.view(n) for n in inputs}
     extents = {n: lowering.extent(n.meta["val"], n) for n in sizes}
     out = lowering.output(node)
-    target, args, kwargs = node.target, node.args, node.kwargs
+    target, args, kwargs, text = node.target, node.args, node.kwargs, where(node)
 
     def run(tensor: Callable[[View | Extent], Any]) -> None:
         def value(n: fx.Node) -> Any:
             return tensor(views[n]) if n in views else tensor(extents[n])
 
         assert callable(target)
-        result = target(*fx.node.map_arg(args, value), **fx.node.map_arg(kwargs, value))
-        tensor(out).copy_(result)
+        try:
+            result = target(*fx.node.map_arg(args, value), **fx.node.map_arg(kwargs, value))
+            tensor(out).copy_(result)
+        except (GraphoptError, IndexError):
+            raise
+        except Exception as error:
+            raise BackendError(f"{text} could not be run: {error}") from error
 
     views_used = (out, *views.values())
-    step = HostStep(run, views_used, where(node), op_name(node), lowering.plan.value)
+    step = HostStep(run, views_used, text, op_name(node), lowering.plan.value)
     lowering.plan.steps.append(step)
 
 

@@ -76,6 +76,7 @@ def slice_(lowering: Lowering, node: fx.Node) -> bool:
     if not isinstance(start, int):
         return False
     size = source.extents[axis].mult
+    # As torch does: what begins before the axis begins with it.
     begin = min(start, size) if start >= 0 else max(start + size, 0)
     lowering.views[node] = source.narrowed(axis, begin, extent, int(argument(node, "step")))
     return True

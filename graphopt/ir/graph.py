@@ -148,10 +148,11 @@ class Graph:
 
 
 def graph_module(fx_graph: fx.Graph) -> fx.GraphModule:
-    """A GraphModule around `fx_graph`. Weights are looked up in `Graph.weights`, not as attributes,
-    so the module is made empty first: FX refuses get_attr nodes without an attribute otherwise."""
+    """A GraphModule that holds `fx_graph`, and has no code: weights are looked up in
+    `Graph.weights`, not as attributes, and their names need not be Python's."""
     module = fx.GraphModule(torch.nn.Module(), fx.Graph())
-    module.graph = fx_graph
+    module._graph = fx_graph
+    fx_graph.owning_module = module
     return module
 
 

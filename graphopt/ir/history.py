@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_NUMBERED = re.compile(r"%(\d+)")
-_RANGE = re.compile(r"%(\d+)-(\d+)")
+_NUMBERED = re.compile(r"%([0-9]+)")
+_RANGE = re.compile(r"%([0-9]{1,18})-([0-9]{1,18})")
+_NO_VALUE = re.compile(r"%[0-9]{19,}")
 
 
 def write_history(names: Iterable[str]) -> str:
@@ -23,7 +24,7 @@ def write_history(names: Iterable[str]) -> str:
         else:
             stem, mark, index = name.rpartition("#")
             others.append((bool(mark), stem, int(index) if index.isdecimal() else 0, name))
-    return ", ".join([*_ranges(sorted(numbers)), *(other[-1] for other in sorted(others))])
+    return ", ".join([*_ranges(sorted(set(numbers))), *(other[-1] for other in sorted(others))])
 
 
 def _ranges(numbers: Iterable[int]) -> list[str]:
@@ -36,13 +37,18 @@ def _ranges(numbers: Iterable[int]) -> list[str]:
     return [f"%{first}-{last}" if last > first else f"%{first}" for first, last in spans]
 
 
-def read_history(text: str) -> frozenset[str]:
-    """The names of a text that `write_history` made."""
+def read_history(text: str, most: int = 1_000_000) -> frozenset[str]:
+    """The names of a text that `write_history` made; a range of more than `most` is a name. Raises
+    ValueError when the ranges together are more, and for values whose number no graph has."""
     names: set[str] = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
         match = _RANGE.fullmatch(part)
-        if match and int(match[2]) - int(match[1]) < 1_000_000:
+        if match and int(match[2]) - int(match[1]) < most:
             names.update(f"%{number}" for number in range(int(match[1]), int(match[2]) + 1))
+        elif _NO_VALUE.match(part):
+            raise ValueError(f"no value has the number {part[:24]}...")
         else:
             names.add(part)
+        if len(names) > most:
+            raise ValueError(f"the histories name more than {most:,} values")
     return frozenset(names)

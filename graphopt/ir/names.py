@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 
 _ODD_IN_WEIGHTS = re.compile(r"[^\w.]")
-# What ends a line or a part of a comment, and blanks at the ends, which readers strip.
-_ODD_IN_COMMENTS = re.compile(r"[|#\\\x00-\x1f\x7f\x85\u2028\u2029]|^\s|\s$")
+# What ends a line or a part of a comment, blanks at the ends, which readers strip, and halves of
+# characters, which no file can hold.
+_ODD_IN_COMMENTS = re.compile(r"[|#\\\x00-\x1f\x7f\x85\u2028\u2029\ud800-\udfff]|^\s|\s$")
 _ESCAPED = re.compile(r"\\u([0-9a-f]{6})")
 
 

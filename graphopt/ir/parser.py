@@ -9,42 +9,31 @@ may be anywhere.
 
 from __future__ import annotations
 
-import importlib
 import json
+import keyword
 import math
-import operator
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx
 
-from graphopt.errors import ProgramFormatError, UnsupportedError
+from graphopt.errors import ProgramFormatError, UnsupportedError, VerifyError
 from graphopt.ir.assumptions import KINDS, Assumption, Code
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph, InputKind, InputSpec, graph_module
 from graphopt.ir.history import read_history
 from graphopt.ir.limits import Limit, read_limit
+from graphopt.ir.named_ops import op_named
 from graphopt.ir.names import plain_name
 from graphopt.ir.printer import VERSION, Printer
 from graphopt.ir.shapes import DTYPES_BY_NAME, SymbolicInputs
+from graphopt.ir.size_arithmetic import check_operands, check_size, number_of_results
+from graphopt.ir.tokens import Token, read_call
 from graphopt.ir.weights import PackedWeight
 from graphopt.ops.registry import load_all
 
-SIZE_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    name: getattr(operator, name)
-    for name in (
-        "add", "sub", "mul", "floordiv", "mod", "neg", "truediv", "pow", "getitem",
-        "eq", "ne", "lt", "le", "gt", "ge",
-    )
-}  # fmt: skip
-SIZE_FUNCTIONS |= {
-    name: getattr(torch, name) for name in ("sym_max", "sym_min", "sym_float", "sym_int", "sym_not")
-}
-SIZE_FUNCTIONS |= {name: getattr(math, name) for name in ("ceil", "floor", "trunc")}
-_LIBRARIES = {"transformers": "transformers.integrations.moe"}
-"""Namespaces of ops that Hugging Face models are captured with -> the module that defines them."""
 _CONSTANTS: dict[str, Any] = {
     "None": None,
     "True": True,
@@ -60,25 +49,22 @@ _CONSTANTS: dict[str, Any] = {
         for name in ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
     },
 }
-_TOKEN = re.compile(
-    r"\s*(?:(?P<string>\"(?:[^\"\\]|\\.)*\")|(?P<ref>[%@][\w.\\]+)"
-    r"|(?P<number>-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)|(?P<word>[A-Za-z_][\w.]*)|(?P<mark>[][(),=]))"
-)
-_INPUT = re.compile(r"input\s+%(?P<name>\w+)\s*:\s*(?P<type>.+?)\s+(?P<kind>user|cache)")
+_INPUT = re.compile(r"input\s+%(?P<name>\w+)\s*:\s*(?P<type>\S(?:.*\S)?)\s+(?P<kind>user|cache)")
 _WEIGHT = re.compile(
-    r"weight\s+@(?P<name>[\w.\\]*)(?:\{(?P<first>\d+)-(?P<last>\d+)\}(?P<tail>[\w.\\]*))?"
-    r"\s*:\s*(?P<type>.+)"
-)
-_CALL = re.compile(
-    r"(?P<number>%\d+)\s*:\s*(?P<type>.+?)\s*=\s*(?P<op>[\w.]+)\s*\((?P<args>.*)\)"
-    r"(?:\s*#(?P<layer>[^|]*)(?:\|(?P<source>[^|]*)(?:\|(?P<history>.*))?)?)?"
+    r"weight\s+@(?P<name>[\w.\\]*)(?:\{(?P<first>[0-9]+)-(?P<last>[0-9]+)\}(?P<tail>[\w.\\]*))?"
+    r"\s*:\s*(?P<type>\S.*)"
 )
 _ASSUME = re.compile(
     r"assume\s+(?P<code>[\w-]+)\s+(?:%(?P<input>\w+)|(?P<text>\"(?:[^\"\\]|\\.)*\"))"
     r"(?:\s*#(?P<layer>[^|]*)(?:\|(?P<source>[^|]*)(?:\|(?P<site>.*))?)?)?"
 )
 _TYPE = re.compile(r"(?P<dtype>\w+)\s*\[(?P<sizes>.*)\]")
+_NUMBER = re.compile(r"[0-9]+")
 _GRAPH = re.compile(r"graph\s+(?P<name>\"(?:[^\"\\]|\\.)*\")\s+(?P<dialect>captured|serving)")
+MOST_WEIGHTS, MOST_SIZES, MOST_LIMITS = 1_000_000, 200, 1_000
+MOST_ANCESTORS, MOST_RESULTS = 1_000_000, 100_000
+"""Of one text: weights, sizes with a name, limits, names in all histories together; results of one
+call. Beyond these a short text would ask for hours, or for all of the memory."""
 WeightMaker = Callable[[str, torch.dtype, tuple[int, ...]], Tensor]
 """Makes the data of a weight that the text names: (name, dtype, shape) -> tensor."""
 
@@ -93,14 +79,17 @@ class _Parser:
         inferred: dict[Any, Any],
     ) -> None:
         self.defined = load_all()
-        self.namespaces = {"aten", "prims", *_LIBRARIES, *namespaces}
+        self.namespaces = namespaces
         self.weights, self.packed = weights, packed
         self.fake = fake
         self.graph = Graph("", graph_module(fx.Graph()), (), {}, dict(packed), inferred=inferred)
         self.builder = GraphBuilder(self.graph, self.fake.mode)
         self.nodes: dict[str, fx.Node] = {}
         self.types: list[tuple[int, fx.Node, str]] = []
+        self.inputs: dict[str, InputSpec] = {}
         self.limit_lines: list[tuple[int, Limit]] = []
+        self.assumptions: dict[tuple[str, str], Assumption] = {}
+        self.ancestors = 0
         self.line = 0
 
     def fail(self, text: str) -> ProgramFormatError:
@@ -109,7 +98,6 @@ class _Parser:
     def run(self, text: str) -> Graph:
         lines = text.splitlines()
         handlers: list[tuple[re.Pattern[str], Callable[[re.Match[str]], None]]] = [
-            (_CALL, self._call),
             (_INPUT, self._input),
             (_WEIGHT, self._weights),
             (_ASSUME, self._assume),
@@ -127,9 +115,12 @@ class _Parser:
                     raise self.fail(f"expected 'gir {VERSION}', found {line[:40]!r}")
                 is_begun = True
                 continue
-            if line.split()[0] == "return":
+            if re.match(r"return\b", line):
                 self._return(line.removeprefix("return"))
                 is_done = True
+                continue
+            if line.startswith("%"):
+                self._call(line)
                 continue
             for pattern, handler in handlers:
                 match = pattern.fullmatch(line)
@@ -144,6 +135,9 @@ class _Parser:
                 raise self.fail(f"not a line of a graph: {line[:60]!r}")
         if not is_done:
             raise self.fail("the text ends before 'return'")
+        self.graph.inputs = tuple(self.inputs.values())
+        self.graph.limits = tuple(limit for _, limit in self.limit_lines)
+        self.graph.assumptions = tuple(self.assumptions.values())
         self.graph.symbols = self.fake.names
         used = [node.meta["number"] for _, node, _ in self.types]
         self.graph.next_number = max(used, default=-1) + 1
@@ -156,16 +150,23 @@ class _Parser:
         self.graph.dialect = cast(Literal["captured", "serving"], match["dialect"])
 
     def _input(self, match: re.Match[str]) -> None:
+        name = match["name"]
+        if name in self.inputs:
+            raise self.fail(f"input {name!r} is declared twice")
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise self.fail(f"input {name!r} has no name that an argument can have")
         dtype, sizes = self._tensor_type(match["type"])
-        value = self.fake.tensor(sizes, dtype)
-        self.nodes[f"%{match['name']}"] = self.builder.input(match["name"], value)
-        spec = InputSpec(match["name"], cast(InputKind, match["kind"]))
-        self.graph.inputs = (*self.graph.inputs, spec)
+        self.nodes[f"%{name}"] = self.builder.input(name, self.fake.tensor(sizes, dtype))
+        self.inputs[name] = InputSpec(name, cast(InputKind, match["kind"]))
+        if len(self.fake.names) > MOST_SIZES:
+            raise self.fail(f"more than {MOST_SIZES:,} sizes have names")
 
     def _limit(self, limit: Limit) -> None:
         self.limit_lines.append((self.line, limit))
-        self.graph.limits = (*self.graph.limits, limit)
-        self.fake.limits = tuple({**dict.fromkeys(self.fake.limits), limit: None})
+        if len(self.limit_lines) > MOST_LIMITS:
+            raise self.fail(f"more than {MOST_LIMITS:,} limits")
+        if limit not in self.fake.limits:
+            self.fake.limits = (*self.fake.limits, limit)
 
     def _check_limits(self) -> None:
         """A serving graph counts token rows; its limits are those of one request."""
@@ -181,24 +182,28 @@ class _Parser:
             raise self.fail(f"unknown assumption {code!r}; there are {', '.join(KINDS)}")
         if subject is None:
             subject = json.loads(match["text"])
-        is_input = subject in {spec.name for spec in self.graph.inputs}
+        is_input = subject in self.inputs
         if is_input != (KINDS[code].find is not None):
             raise self.fail(f"assumption {code!r} cannot be made of {subject!r}")
         layer, source, site = ((match[name] or "").strip() for name in ("layer", "source", "site"))
         made = Assumption(cast(Code, code), subject, site, plain_name(layer), plain_name(source))
-        self.graph.assume(made)
+        self.assumptions.setdefault((made.code, made.subject), made)
 
     def _weights(self, match: re.Match[str]) -> None:
         if match["first"] is None:
             return self._weight(match["name"], match["type"])
         first, last = int(match["first"]), int(match["last"])
-        if not first < last < first + 100_000:
+        if not first < last < first + MOST_WEIGHTS:
             raise self.fail(f"{first}-{last} is no range")
         for number in range(first, last + 1):
             self._weight(f"{match['name']}{number}{match['tail']}", match["type"])
 
     def _weight(self, written: str, kind: str) -> None:
         name = plain_name(written)
+        if f"@{written}" in self.nodes or name in self.graph.weights:
+            raise self.fail(f"weight {name!r} is declared twice")
+        if len(self.graph.weights) == MOST_WEIGHTS:
+            raise self.fail(f"more than {MOST_WEIGHTS:,} weights")
         dtype, sizes = self._tensor_type(kind)
         if callable(self.weights):
             fixed = tuple(size for size in sizes if isinstance(size, int))
@@ -217,24 +222,49 @@ class _Parser:
         node.meta["history"] = frozenset([f"@{written}"])
         self.nodes[f"@{written}"] = node
 
-    def _call(self, match: re.Match[str]) -> None:
-        target = self._target(match["op"])
-        args, kwargs = self._arguments(match["args"])
+    def _call(self, line: str) -> None:
+        call = read_call(line)
+        if call is None:
+            raise self.fail(f"not a line of a graph: {line[:60]!r}")
+        if call.number in self.nodes:
+            raise self.fail(f"{call.number} is defined twice")
+        args, kwargs = self._arguments(call.arguments)
         try:
+            target = op_named(call.op, self.defined, self.namespaces)
+        except LookupError as error:
+            raise self.fail(str(error.args[0])) from None
+        try:
+            self._check_work(call.op, target, args, kwargs)
             node = self.builder.emit(target, args, kwargs, like=[])
+            check_size(node.meta["val"])
         except Exception as error:
-            raise self.fail(f"{match['op']} does not type-check: {error}") from error
-        node.meta["layer"] = plain_name((match["layer"] or "").strip())
-        node.meta["source"] = plain_name((match["source"] or "").strip())
-        node.meta["history"] = read_history(match["history"] or match["number"])
-        if match["number"] in self.nodes:
-            raise self.fail(f"{match['number']} is defined twice")
-        node.meta["number"] = int(match["number"].removeprefix("%"))
-        self.nodes[match["number"]] = node
-        self.types.append((self.line, node, match["type"]))
+            raise self.fail(f"{call.op} does not type-check: {error}") from error
+        layer, source, history = call.comment
+        node.meta["layer"], node.meta["source"] = plain_name(layer), plain_name(source)
+        names = read_history(history, MOST_ANCESTORS)
+        self.ancestors += len(names)
+        if self.ancestors > MOST_ANCESTORS:
+            raise self.fail(f"the histories name more than {MOST_ANCESTORS:,} values")
+        node.meta["history"] = names or frozenset([call.number])
+        node.meta["number"] = int(call.number.removeprefix("%"))
+        self.nodes[call.number] = node
+        self.types.append((self.line, node, call.type))
+
+    def _check_work(self, name: str, target: Any, args: Any, kwargs: Any) -> None:
+        """Raise ValueError for a call whose result alone would take too much to infer."""
+        values, named = fx.node.map_arg((args, kwargs), lambda node: node.meta["val"])
+        if not isinstance(target, torch._ops.OpOverload):
+            check_operands(name.removeprefix("sym."), [*values, *named.values()])
+            return
+        results = number_of_results(target, values, named)
+        if results > MOST_RESULTS:
+            raise ValueError(f"it has {results:,} results")
 
     def _return(self, text: str) -> None:
         outputs = tuple(self._node(name.strip()) for name in text.split(","))
+        for node in outputs:
+            if not isinstance(node.meta["val"], Tensor):
+                raise self.fail("a graph returns tensors")
         output = self.graph.fx_graph.output(outputs)
         output.meta["val"] = None
 
@@ -242,9 +272,12 @@ class _Parser:
         printer = Printer(self.graph)
         for line, node, written in self.types:
             self.line = line
-            inferred = printer.type(node.meta["val"])
+            try:
+                inferred = printer.type(node.meta["val"])
+            except VerifyError as error:
+                raise self.fail(str(error)) from error
             if "".join(inferred.split()) != "".join(written.split()):
-                raise self.fail(f"written as {written}, but the operands give {inferred}")
+                raise self.fail(f"written as {written[:200]}, but the operands give {inferred}")
 
     def _node(self, name: str) -> fx.Node:
         if name not in self.nodes:
@@ -258,38 +291,15 @@ class _Parser:
         parts = [part.strip() for part in match["sizes"].split(",") if part.strip()]
         sizes: list[int | str] = []
         for part in parts:
-            if part.isdecimal():
+            if _NUMBER.fullmatch(part):
                 sizes.append(int(part))
-            elif part.isidentifier():
+            elif part.isidentifier() and not keyword.iskeyword(part):
                 sizes.append(part)
             else:
                 raise self.fail(f"size {part!r} of an input is neither a number nor a name")
         return DTYPES_BY_NAME[match["dtype"]], sizes
 
-    def _target(self, name: str) -> Callable[..., Any]:
-        namespace, _, rest = name.partition(".")
-        if namespace == "sym" and rest in SIZE_FUNCTIONS:
-            return SIZE_FUNCTIONS[rest]
-        if name in self.defined:
-            return self.defined[name].overload
-        known = {defined.partition(".")[0] for defined in self.defined} | {"sym"}
-        if namespace not in {*known, *self.namespaces}:
-            raise self.fail(
-                f"unknown op {name!r}: no installed plugin defines ops of the namespace "
-                f"{namespace!r}; there are {', '.join(sorted({*known, *self.namespaces}))}"
-            )
-        if namespace in _LIBRARIES:
-            importlib.import_module(_LIBRARIES[namespace])
-        parts = rest.split(".")
-        if namespace in self.namespaces and 1 <= len(parts) <= 2:
-            packet = getattr(getattr(torch.ops, namespace), parts[0], None)
-            op = getattr(packet, parts[1] if len(parts) == 2 else "default", None)
-            if isinstance(op, torch._ops.OpOverload):
-                return op
-        raise self.fail(f"unknown op {name!r}")
-
-    def _arguments(self, text: str) -> tuple[list[Any], dict[str, Any]]:
-        tokens = self._tokens(text)
+    def _arguments(self, tokens: Sequence[Token]) -> tuple[list[Any], dict[str, Any]]:
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
         position = 0
@@ -308,18 +318,7 @@ class _Parser:
                 position += 1
         return args, kwargs
 
-    def _tokens(self, text: str) -> list[tuple[str, str]]:
-        tokens: list[tuple[str, str]] = []
-        position, text = 0, text.rstrip()
-        while position < len(text):
-            match = _TOKEN.match(text, position)
-            if match is None or match.lastgroup is None:
-                raise self.fail(f"cannot read {text[position : position + 30]!r}")
-            tokens.append((match.lastgroup, match[match.lastgroup]))
-            position = match.end()
-        return tokens
-
-    def _value(self, tokens: list[tuple[str, str]], position: int) -> tuple[Any, int]:
+    def _value(self, tokens: Sequence[Token], position: int) -> tuple[Any, int]:
         if position >= len(tokens):
             raise self.fail("an argument is missing")
         kind, text = tokens[position]
@@ -385,8 +384,10 @@ class GraphReader:
         try:
             return parser.run(text)
         # What Python and torch raise for literals, sizes and nestings beyond their limits.
-        except (ValueError, TypeError, ArithmeticError, RecursionError, RuntimeError) as error:
+        except (ValueError, TypeError, ArithmeticError, RuntimeError, MemoryError) as error:
             raise parser.fail(f"{type(error).__name__}: {error}") from error
+        except VerifyError as error:
+            raise parser.fail(str(error)) from error
 
 
 def first_difference(left: Graph, right: Graph, *, canonical: bool = False) -> str | None:

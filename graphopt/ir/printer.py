@@ -43,7 +43,7 @@ from graphopt.ir.names import comment_text, weight_text
 from graphopt.ir.shapes import DTYPE_NAMES
 
 VERSION = 1
-NUMBERED = re.compile(r"(.*?(?<![^.]))(0|[1-9]\d*)((?:\..*)?)")
+NUMBERED = re.compile(r"(.*?(?<![^.]))(0|[1-9][0-9]{0,17})((?:\..*)?)")
 
 
 class Printer:
@@ -112,6 +112,8 @@ class Printer:
         if value is None:
             return "none"
         if isinstance(value, Tensor):
+            if value.dtype not in DTYPE_NAMES or value.layout != torch.strided:
+                raise VerifyError(f"a tensor of {value.dtype} ({value.layout}) has no textual form")
             sizes = ", ".join(self.size(s) for s in value.shape)
             return f"{DTYPE_NAMES[value.dtype]}[{sizes}]"
         if isinstance(value, (torch.SymInt, int)) and not isinstance(value, bool):
@@ -154,7 +156,7 @@ class Printer:
             return json.dumps(value)
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(self.value(v) for v in value)}]"
-        if isinstance(value, torch.dtype):
+        if isinstance(value, torch.dtype) and value in DTYPE_NAMES:
             return f"dtype.{DTYPE_NAMES[value]}"
         if isinstance(value, torch.device):
             return f"device.{value.type}"
@@ -162,7 +164,8 @@ class Printer:
             return f"layout.{str(value).removeprefix('torch.')}"
         if isinstance(value, torch.memory_format):
             return f"memory_format.{str(value).removeprefix('torch.')}"
-        raise VerifyError(f"an argument of type {type(value).__name__} has no textual form")
+        told = str(value) if isinstance(value, torch.dtype) else f"of type {type(value).__name__}"
+        raise VerifyError(f"an argument {told} has no textual form")
 
 
 def _told(node: fx.Node) -> list[tuple[str, Any]]:

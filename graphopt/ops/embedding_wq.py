@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from graphopt.ir.weights import dequantize_codes
+from graphopt.ops import operands
+from graphopt.ops.linear_wq import check_weight
 from graphopt.ops.registry import Cost, define, nbytes
 
 SCHEMA = (
@@ -47,7 +49,10 @@ def fake(
     dtype: torch.dtype,
 ) -> Tensor:
     """`[*ids.shape, K]` in `dtype`."""
-    width = codes_NKp.shape[1] * (2 if bits == 4 else 1)
+    width = check_weight(codes_NKp, scale_NG, zero_NG, bits, group, offset)
+    is_ids = ids.dtype in (torch.int64, torch.int32)
+    operands.require(is_ids, f"ids are {ids.dtype}, not torch.int64")
+    operands.require(dtype.is_floating_point, f"{dtype} is no dtype of a weight")
     return torch.empty((*ids.shape, width), dtype=dtype, device=ids.device)
 
 

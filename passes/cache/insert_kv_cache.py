@@ -35,6 +35,7 @@ from graphopt.ir.assumptions import Assumption
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph, InputSpec, argument, graph_module, is_call, shape_of
 from graphopt.ir.limits import Limit
+from graphopt.ir.serving_form import STEP_INPUTS
 from graphopt.ir.shapes import SymbolicInputs
 from graphopt.ops import attention, embedding_wq, kv_write, paged_attention
 from graphopt.passes.base import EXACT, Pass, Reject, Stage, Tier
@@ -44,17 +45,6 @@ from graphopt.passes.cache.trace_rows import trace_rows
 from graphopt.passes.registry import register
 
 aten = torch.ops.aten
-
-STEP_INPUTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("tokens", ("rows",)),
-    ("positions", ("rows",)),
-    ("slots", ("rows",)),
-    ("query_start", ("requests_plus_1",)),
-    ("kv_lens", ("requests",)),
-    ("block_tables", ("requests", "block_columns")),
-    ("logit_rows", ("logit_rows",)),
-)
-"""The inputs of a serving graph before the caches, all int64, with their axes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir.graph import Graph, argument, dtype_of, is_call, op_name, shape_of
-from graphopt.passes.base import Reject
+from graphopt.passes.base import Reject, not_floats
 from graphopt.passes.fuse.attention_folds import unfolded
 from graphopt.passes.fuse.attention_operands import (
     Operand,
@@ -202,6 +202,9 @@ def _site(
     if len(dtypes) != 1:
         text = f"queries, keys, values and result have dtypes {sorted(map(str, dtypes))}"
         return Reject("dtype-mix", text, down.last, "use one dtype")
+    complex_or_integer = not_floats("attention", down.last)
+    if complex_or_integer is not None:
+        return complex_or_integer
     return AttentionSite(
         down.last, q, k, v, scale, 0.0, sinks, MaskMeaning(), down.order, is_folded, is_flat
     )

@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from graphopt.ir.graph import argument, dtype_of, is_call, shape_of
-from graphopt.passes.base import Reject
+from graphopt.passes.base import Reject, not_floats
 from graphopt.passes.fuse.walk import columns, is_last_axis, only_user, other_operand
 
 aten = torch.ops.aten
@@ -106,7 +106,7 @@ def read_turn(node: fx.Node) -> Turn | Reject:
     wide = torch.promote_types(dtype_of(turn.x), torch.promote_types(*real))
     if wide != dtype_of(turn.last):
         return Reject("table-dtype", "the result has another dtype than x, cos and sin", turn.last)
-    return turn
+    return not_floats("a rotary embedding", turn.x, turn.last) or turn
 
 
 def _with_rotated(node: fx.Node) -> Turn | Reject:

@@ -209,7 +209,7 @@ def test_weights_that_are_no_plain_tensors_are_named() -> None:
 
     model = Wraps().eval()
     model.linear.weight = nn.Parameter(torch.randn(4, 4).as_subclass(Scaled))
-    with pytest.raises(CaptureError, match=r"weight linear\.weight is a Scaled"):
+    with pytest.raises(CaptureError, match=r"weight 'linear\.weight' is a Scaled"):
         capture(model, torch.randn(2, 4))
 
 
