@@ -15,32 +15,32 @@ from typing import TYPE_CHECKING, Any
 from graphopt.capture import ModelSource, capture
 
 if TYPE_CHECKING:
-    from graphopt.bisection import Bisection, bisect
-    from graphopt.compiler import compile
-    from graphopt.dump import Dump
-    from graphopt.explainer import explain
-    from graphopt.explanation import Explanation
-    from graphopt.explorer import explore
+    from graphopt.check.bisect import Bisection, bisect
+    from graphopt.inspect.dump import Dump
+    from graphopt.inspect.explain import explain
+    from graphopt.inspect.explorer import explore
+    from graphopt.inspect.rows import Explanation
     from graphopt.ir.graph import Graph
     from graphopt.passes.registry import register_pass
-    from graphopt.program import Program
+    from graphopt.program.compile import compile
+    from graphopt.program.program import Program
+    from graphopt.program.save import load_program
     from graphopt.runtime import SamplingParams
-    from graphopt.storage import load_program
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Bisection": "graphopt.bisection",
-    "Dump": "graphopt.dump",
-    "Explanation": "graphopt.explanation",
+    "Bisection": "graphopt.check.bisect",
+    "Dump": "graphopt.inspect.dump",
+    "Explanation": "graphopt.inspect.rows",
     "Graph": "graphopt.ir.graph",
-    "Program": "graphopt.program",
+    "Program": "graphopt.program.program",
     "SamplingParams": "graphopt.runtime",
-    "bisect": "graphopt.bisection",
-    "compile": "graphopt.compiler",
-    "explain": "graphopt.explainer",
-    "explore": "graphopt.explorer",
-    "load_program": "graphopt.storage",
+    "bisect": "graphopt.check.bisect",
+    "compile": "graphopt.program.compile",
+    "explain": "graphopt.inspect.explain",
+    "explore": "graphopt.inspect.explorer",
+    "load_program": "graphopt.program.save",
     "register_pass": "graphopt.passes.registry",
 }
 

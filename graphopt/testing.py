@@ -18,15 +18,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from graphopt.errors import (
-    ExpectationError,
-    GoldenError,
-    PassError,
-    ProgramFormatError,
-    UnsupportedError,
-)
-from graphopt.expectations import check_counts, check_names
-from graphopt.golden import (
+from graphopt.check.expect import check_counts, check_names
+from graphopt.check.golden import (
     difference,
     golden_text,
     read_golden,
@@ -34,15 +27,22 @@ from graphopt.golden import (
     shown,
     structure,
 )
+from graphopt.check.twin import check_twin
+from graphopt.errors import (
+    ExpectationError,
+    GoldenError,
+    PassError,
+    ProgramFormatError,
+    UnsupportedError,
+)
 from graphopt.ir.graph import Graph, namespaces_of
-from graphopt.ir.printer import canonical_text
+from graphopt.ir.text.printer import canonical_text
 from graphopt.ir.verify import verify
 from graphopt.ir.weights import PackedWeight
-from graphopt.numeric_twin import check_twin
 from graphopt.passes.base import Pass, run_pass
 from graphopt.passes.registry import find
-from graphopt.program import Program
-from graphopt.report import Rejection, Report, Site, grouped
+from graphopt.program.program import Program
+from graphopt.record.report import Rejection, Report, Site, grouped
 
 __all__ = ["ExpectationError", "GoldenError", "GoldenGraph", "expect"]
 

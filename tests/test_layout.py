@@ -24,7 +24,7 @@ PARTS = {
 }
 MODULES = {"graphopt_pytest": ROOT / "graphopt_pytest.py"}
 # Who may import whom: a package sees itself and what is listed, with everything below it.
-BASE = {"graphopt.errors", "graphopt.config", "graphopt.report", "graphopt.plugins"}
+BASE = {"graphopt.errors", "graphopt.config", "graphopt.record.report", "graphopt.plugins"}
 IR = {"graphopt.ir", "graphopt.ops", *BASE}
 ARROWS = {
     "graphopt.ir": IR,
@@ -39,14 +39,14 @@ ARROWS = {
         "graphopt.ir.weights",
         "graphopt.errors",
         "graphopt.config",
-        "graphopt.json_file",
-        "graphopt.regular_file",
+        "graphopt.files.json_file",
+        "graphopt.files.regular_file",
     },
     "graphopt.errors": set[str](),
     "graphopt.config": {"graphopt.errors"},
-    "graphopt.report": {"graphopt.errors"},
-    "graphopt.json_file": {"graphopt.errors", "graphopt.regular_file"},
-    "graphopt.regular_file": {"graphopt.errors"},
+    "graphopt.record.report": {"graphopt.errors"},
+    "graphopt.files.json_file": {"graphopt.errors", "graphopt.files.regular_file"},
+    "graphopt.files.regular_file": {"graphopt.errors"},
     "graphopt.plugins": {"graphopt.errors"},
 }
 

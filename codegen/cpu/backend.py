@@ -21,7 +21,7 @@ from graphopt.ir.graph import Graph, argument
 from graphopt.ir.serving_form import check_serving_form
 from graphopt.ir.weights import PackedWeight
 from graphopt.ops import embedding_wq, linear_wq
-from graphopt.report import LOGGER, Report
+from graphopt.record.report import LOGGER, Report
 
 BACKENDS = ("cpu", "reference")
 

@@ -21,8 +21,8 @@ from graphopt.codegen.cpu.plan_steps import HostStep, NativeStep
 from graphopt.codegen.cpu.views import Extent, View, row_major, total
 from graphopt.errors import BackendError, GraphoptError
 from graphopt.ir.graph import Graph, op_name, where
+from graphopt.ir.opset import is_impure
 from graphopt.ir.serving_form import STEP_INPUTS
-from graphopt.ops.registry import is_impure
 
 SYMBOLS = {
     "rows": Sym.SYM_TOKENS,

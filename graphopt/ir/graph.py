@@ -26,9 +26,9 @@ from torch import Tensor, fx
 
 from graphopt.ir.assumptions import Assumption
 from graphopt.ir.limits import Limit
-from graphopt.ir.names import weight_text
+from graphopt.ir.text.names import weight_text
 from graphopt.ir.weights import PackedWeight
-from graphopt.report import PassRecord
+from graphopt.record.report import PassRecord
 
 InputKind = Literal["user", "cache"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from graphopt.errors import VerifyError
 from graphopt.ir.graph import Graph, argument, where
-from graphopt.ops.registry import spec_of
+from graphopt.ir.opset import spec_of
 
 STEP_INPUTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("tokens", ("rows",)),

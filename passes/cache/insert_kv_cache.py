@@ -38,10 +38,10 @@ from graphopt.ir.limits import Limit
 from graphopt.ir.serving_form import STEP_INPUTS
 from graphopt.ir.shapes import SymbolicInputs
 from graphopt.ops import attention, embedding_wq, kv_write, paged_attention
+from graphopt.passes.analysis.rows.layout import Rows, RowsMixedError, Table
+from graphopt.passes.analysis.rows.rules import CASTS, peak_bounds
+from graphopt.passes.analysis.rows.trace_rows import trace_rows
 from graphopt.passes.base import EXACT, Pass, Reject, Stage, Tier
-from graphopt.passes.cache.row_layout import Rows, RowsMixedError, Table
-from graphopt.passes.cache.row_rules import CASTS, peak_bounds
-from graphopt.passes.cache.trace_rows import trace_rows
 from graphopt.passes.registry import register
 
 aten = torch.ops.aten

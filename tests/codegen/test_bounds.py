@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.serving_steps import Steps
 from kernel_cases import CASES, INDEX, OPS, PACKED, KernelCase
 from serving_graph import VOCABULARY, ServingGraph
-from serving_steps import Steps
 from torch import fx
 
 from graphopt.codegen.cpu.abi import Op, Sym

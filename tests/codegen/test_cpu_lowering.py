@@ -13,7 +13,7 @@ from graphopt.codegen.cpu.abi import Op
 from graphopt.codegen.cpu.executable import CpuServing
 from graphopt.codegen.cpu.packing import pack_dense
 from graphopt.errors import BackendError
-from graphopt.program import Program
+from graphopt.program.program import Program
 
 WIDTH, VOCABULARY = 48, 29
 IDS = torch.ones((2, 8), dtype=torch.int64)

@@ -25,7 +25,7 @@ import graphopt
 from graphopt.config import Config
 from graphopt.errors import GraphoptError
 from graphopt.models import load
-from graphopt.program import Program
+from graphopt.program.program import Program
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 from gguf_samples import LEAVES, interleave, randomize, write_gguf

@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from op_graph import OpGraph
+from helpers.op_graph import OpGraph
 from torch import fx
 
 from graphopt.errors import ProgramFormatError, VerifyError
-from graphopt.ir import limits, parser
+from graphopt.ir import limits
 from graphopt.ir.graph import Graph
 from graphopt.ir.limits import Limit
-from graphopt.ir.names import comment_text, plain_name, weight_text
-from graphopt.ir.parser import first_difference, parse_graph
-from graphopt.ir.printer import Printer, print_graph
 from graphopt.ir.shapes import DTYPE_NAMES, DTYPES_BY_NAME, SymbolicInputs
+from graphopt.ir.text import parser
+from graphopt.ir.text.names import comment_text, plain_name, weight_text
+from graphopt.ir.text.parser import first_difference, parse_graph
+from graphopt.ir.text.printer import Printer, print_graph
 
 aten = torch.ops.aten
 

@@ -1,0 +1,197 @@
+"""The options of `compile`, checked before anything runs: every one exists, none is ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from graphopt.check.edit import Asked, as_asked
+from graphopt.codegen.cpu.backend import BACKENDS
+from graphopt.errors import PassError, UnsupportedError
+from graphopt.ir.graph import Graph
+from graphopt.passes.manager import Instrument, PassManager
+from graphopt.passes.registry import default_passes, find
+from graphopt.program.program import KV_DTYPES
+
+SERVING_PASS = "insert_kv_cache"
+_INT8_PASS = "quantize_activations"
+_MOST_THREADS = 1024
+
+
+def check_choices(backend: str, activations: str, kv_dtype: str, serving: str) -> None:
+    """Raise UnsupportedError naming the option, its value and what is supported."""
+    choices: dict[str, tuple[Any, tuple[str, ...]]] = {
+        "backend": (backend, BACKENDS),
+        "activations": (activations, ("float", "int8")),
+        "kv_dtype": (kv_dtype, tuple(KV_DTYPES)),
+        "serving": (serving, ("auto", "required", "off")),
+    }
+    for option, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise UnsupportedError(f"{option}={value!r} is not supported; supported: {allowed}")
+
+
+def check_threads(backend: str, threads: int | None) -> None:
+    """Raise UnsupportedError for a count the native pool cannot have, or a backend without one."""
+    if threads is None:
+        return
+    if not is_count(threads) or not 1 <= threads <= _MOST_THREADS:
+        raise UnsupportedError(
+            f"threads={threads!r} is not supported; supported: an integer from 1 to "
+            f"{_MOST_THREADS}, or None for as many as torch uses"
+        )
+    if backend != "cpu":
+        raise UnsupportedError(
+            f"threads={threads} is an option of backend='cpu'; backend={backend!r} uses torch's "
+            "threads: torch.set_num_threads"
+        )
+
+
+def check_source(model: Any, example: Any, dynamic: Any) -> None:
+    """Raise UnsupportedError for a graph that cannot be compiled, and for an example or dynamic
+    axes beside something that is captured already."""
+    if isinstance(model, (Graph, ExportedProgram)) and not (example is None and dynamic is True):
+        raise UnsupportedError(
+            f"the inputs of a {type(model).__name__} were fixed when it was captured: example and "
+            "dynamic have no effect on it; give them to what captures the model"
+        )
+    if not isinstance(model, Graph):
+        return
+    if model.dialect != "captured":
+        raise UnsupportedError(
+            f"{model.name} is a {model.dialect} graph, which is compiled already; compile the "
+            "captured graph: graphopt.capture(model)"
+        )
+    for node in model.nodes:
+        name = str(node.target)
+        if node.op == "get_attr" and model.weights[name].is_meta and name not in model.packed:
+            raise UnsupportedError(
+                f"weight {name!r} of the graph has no data: the program that was compiled from "
+                "this graph took it over. Compile what graphopt.capture(model) returns, which "
+                "keeps its weights"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class PassPlan:
+    """The passes of a compilation, by exact names.
+
+    forward: of the graph without a cache; serving: of its copy that gets one, empty for none.
+    disabled: left out by name; limits: pass name -> highest number of rewrites.
+    """
+
+    forward: tuple[str, ...]
+    serving: tuple[str, ...]
+    disabled: tuple[str, ...]
+    limits: Mapping[str, int]
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """The passes that are not left out."""
+        return self.forward + self.serving
+
+
+def plan_passes(
+    passes: Sequence[str] | None,
+    enable: Iterable[str],
+    disable: Iterable[str],
+    limits: Mapping[str, int] | None,
+    activations: str,
+    serving: str,
+) -> PassPlan:
+    """What runs, from what `compile` was told.
+
+    Raises PassError for names that do not exist, limits that could not be kept, orders in conflict
+    and a required pass among the disabled, UnsupportedError for a choice of passes that another
+    option contradicts.
+    """
+    off = names_in("disable", disable)
+    if passes is None:
+        chosen = default_passes() + ([_INT8_PASS] if activations == "int8" else [])
+    else:
+        chosen = names_in("passes", passes)
+    chosen += [name for name in names_in("enable", enable) if name not in chosen]
+    if activations == "int8" and (_INT8_PASS not in chosen or _INT8_PASS in off):
+        raise UnsupportedError(
+            f"activations='int8' is done by the pass {_INT8_PASS!r}, which this run leaves out"
+        )
+    if serving == "required" and SERVING_PASS not in chosen:
+        raise UnsupportedError(
+            f"serving='required' needs the pass {SERVING_PASS!r}, which passes= leaves out"
+        )
+    chosen = [name for name in chosen if name not in off]
+    forward = [name for name in chosen if find(name).stage != "cache"]
+    cached = [name for name in chosen if find(name).stage == "cache" and serving != "off"]
+    checked = check_limits(limits, [*forward, *cached])
+    # Raises what would otherwise come up after the model was loaded and captured.
+    PassManager(forward, disable=off)
+    return PassPlan(tuple(forward), tuple(cached), tuple(off), checked)
+
+
+def names_in(option: str, value: Iterable[str]) -> list[str]:
+    """The pass names given as `option`. Raises PassError for anything else."""
+    if isinstance(value, str):
+        raise PassError(f"{option}={value!r} must be a list of pass names: {option}=[{value!r}]")
+    if not isinstance(value, Iterable):
+        raise PassError(f"{option}={value!r} must be a list of pass names")
+    names = list(value)
+    for name in names:
+        if not isinstance(name, str):
+            raise PassError(f"{option} holds {name!r}, which is no pass name")
+        find(name)
+    return names
+
+
+def check_limits(limits: Mapping[str, int] | None, running: Sequence[str]) -> dict[str, int]:
+    """The limits as a dict. Raises PassError for a limit that could not be kept."""
+    if not isinstance(limits or {}, Mapping):
+        raise PassError(f"limits={limits!r} must be a dict: limits={{'fuse_norm': 2}}")
+    for name, limit in (limits or {}).items():
+        if find(name).required:
+            raise PassError(f"pass {name!r} must run and cannot be limited")
+        if name not in running:
+            raise PassError(f"limits names {name!r}, which is not in this run")
+        if not is_count(limit) or limit < 0:
+            raise PassError(f"limits={{{name!r}: {limit!r}}}: a limit is an integer >= 0")
+    return dict(limits or {})
+
+
+def check_edits(edit: Mapping[str, Any] | None, running: Sequence[str]) -> dict[str, Asked]:
+    """The edits as a dict. Raises PassError for an edit that would not be made."""
+    if not isinstance(edit or {}, Mapping):
+        raise PassError(f"edit={edit!r} must be a dict: edit={{'fuse_norm': function}}")
+    edits: dict[str, Asked] = {}
+    for name, function in (edit or {}).items():
+        find(name)
+        if name not in running:
+            raise PassError(f"edit names {name!r}, which is not in this run")
+        asked = as_asked(function)
+        if asked is None:
+            raise PassError(
+                f"edit={{{name!r}: {function!r}}}: a function (text) -> text, or "
+                "(text, error) -> text to be asked again when its text cannot be read"
+            )
+        edits[name] = asked
+    return edits
+
+
+def check_instruments(instruments: Any) -> list[Instrument]:
+    """The instruments as a list. Raises PassError for what is none."""
+    if not isinstance(instruments, Sequence) or isinstance(instruments, str):
+        raise PassError(f"instruments={instruments!r} must be a list of instruments")
+    for instrument in instruments:
+        methods = (getattr(instrument, name, None) for name in ("before", "after"))
+        if isinstance(instrument, type) or not all(map(callable, methods)):
+            raise PassError(
+                f"instruments holds {instrument!r}, which is no instrument: an object with "
+                "before(pass_, graph) and after(pass_, graph, record)"
+            )
+    return list(instruments)
+
+
+def is_count(value: Any) -> bool:
+    """True for an int that is no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
