@@ -7,7 +7,6 @@ with the paged KV cache held in an opaque `Cache` that the executable makes and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from graphopt.errors import BackendError
 from graphopt.ir.graph import Graph
+from graphopt.record.calls import KernelCall
 
 
 class Cache(Protocol):
@@ -30,18 +30,6 @@ class ForwardExecutable(Protocol):
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run it; inputs in the order of `graph.inputs`."""
-
-
-@dataclass(frozen=True, slots=True)
-class KernelCall:
-    """What runs a value of the graph.
-
-    value: "%12". kernel: of the backend, or the op that torch runs. is_native: False for torch.
-    """
-
-    value: str
-    kernel: str
-    is_native: bool
 
 
 class ServingExecutable(Protocol):

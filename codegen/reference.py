@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from graphopt.codegen.backend import Cache, KernelCall, check_weights
+from graphopt.codegen.backend import Cache, check_weights
 from graphopt.errors import BackendError, CapacityError, GraphoptError
 from graphopt.ir.graph import Graph, op_name
-from graphopt.ir.serving_form import STEP_INPUTS, check_serving_form
+from graphopt.ir.serving_form import check_serving_form
+from graphopt.ir.step import STEP
+from graphopt.record.calls import KernelCall
 
 KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -164,7 +166,7 @@ class ReferenceServing:
         if not isinstance(cache, TensorCache):
             raise BackendError("this cache was made by another executable")
         with _failures_told(self.graph.name), torch.no_grad():
-            (logits,) = self.module(*(step[name] for name, _ in STEP_INPUTS), *cache.tensors)
+            (logits,) = self.module(*(step[declared.name] for declared in STEP), *cache.tensors)
         assert isinstance(logits, Tensor)
         return logits
 

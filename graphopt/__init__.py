@@ -16,7 +16,6 @@ from graphopt.capture import ModelSource, capture
 
 if TYPE_CHECKING:
     from graphopt.check.bisect import Bisection, bisect
-    from graphopt.inspect.dump import Dump
     from graphopt.inspect.explain import explain
     from graphopt.inspect.explorer import explore
     from graphopt.inspect.rows import Explanation
@@ -25,13 +24,14 @@ if TYPE_CHECKING:
     from graphopt.program.compile import compile
     from graphopt.program.program import Program
     from graphopt.program.save import load_program
+    from graphopt.record.dump import Dump
     from graphopt.runtime import SamplingParams
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Bisection": "graphopt.check.bisect",
-    "Dump": "graphopt.inspect.dump",
+    "Dump": "graphopt.record.dump",
     "Explanation": "graphopt.inspect.rows",
     "Graph": "graphopt.ir.graph",
     "Program": "graphopt.program.program",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.codegen.backend import Cache, KernelCall
+from graphopt.codegen.backend import Cache
 from graphopt.codegen.cpu import rules_compute, rules_shape, rules_weights
 from graphopt.codegen.cpu.abi import Instr, NativeLibrary, Op, Sym, no_memory
 from graphopt.codegen.cpu.dtypes import NATIVE_DTYPES
@@ -33,7 +33,8 @@ from graphopt.codegen.reference import (
 )
 from graphopt.errors import BackendError
 from graphopt.ir.graph import Graph
-from graphopt.ir.serving_form import STEP_INPUTS
+from graphopt.ir.step import STEP
+from graphopt.record.calls import KernelCall
 
 RULES = {**rules_shape.RULES, **rules_compute.RULES, **rules_weights.RULES}
 _CACHE_OPS = (Op.OP_KV_WRITE, Op.OP_PAGED_ATTENTION)
@@ -159,8 +160,8 @@ class CpuServing:
         bases, syms = self._bases, self._syms
         bases[ARENA] = -(-self._arena.data_ptr() // 64) * 64
         self._set(LOGITS, logits)
-        for (name, _), value in zip(STEP_INPUTS, step, strict=True):
-            self._set(name, value)
+        for declared, value in zip(STEP, step, strict=True):
+            self._set(declared.name, value)
         syms[Sym.SYM_TOKENS] = rows
         syms[Sym.SYM_REQUESTS] = kv_lens.shape[0]
         syms[Sym.SYM_LOGIT_ROWS] = logit_rows.shape[0]
@@ -237,12 +238,12 @@ def _check_shapes(step: tuple[Tensor, ...]) -> None:
     rows, requests = step[0].shape[:1], kv_lens.shape[:1]
     starts, columns = [*(n + 1 for n in requests)], block_tables.shape[1:2]
     shapes = (rows, rows, rows, starts, requests, [*requests, *columns], logit_rows.shape[:1])
-    for (name, axes), value, shape in zip(STEP_INPUTS, step, shapes, strict=True):
-        is_shaped = len(shape) == len(axes) and list(value.shape) == list(shape)
+    for declared, value, shape in zip(STEP, step, shapes, strict=True):
+        is_shaped = len(shape) == len(declared.axes) and list(value.shape) == list(shape)
         if not is_shaped or value.dtype != torch.int64 or not value.is_contiguous():
             raise BackendError(
-                f"step input {name!r} is {value.dtype} {list(value.shape)}; it must be contiguous "
-                f"torch.int64 [{', '.join(axes)}]"
+                f"step input {declared.name!r} is {value.dtype} {list(value.shape)}; it must be contiguous "
+                f"torch.int64 [{', '.join(declared.axes)}]"
             )
 
 

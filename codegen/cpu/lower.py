@@ -22,13 +22,13 @@ from graphopt.codegen.cpu.views import Extent, View, row_major, total
 from graphopt.errors import BackendError, GraphoptError
 from graphopt.ir.graph import Graph, op_name, where
 from graphopt.ir.opset import is_impure
-from graphopt.ir.serving_form import STEP_INPUTS
+from graphopt.ir.step import BLOCK_COLUMNS, LOGIT_ROWS, REQUESTS, ROWS, STEP
 
 SYMBOLS = {
-    "rows": Sym.SYM_TOKENS,
-    "requests": Sym.SYM_REQUESTS,
-    "logit_rows": Sym.SYM_LOGIT_ROWS,
-    "block_columns": Sym.SYM_BLOCK_COLUMNS,
+    ROWS: Sym.SYM_TOKENS,
+    REQUESTS: Sym.SYM_REQUESTS,
+    LOGIT_ROWS: Sym.SYM_LOGIT_ROWS,
+    BLOCK_COLUMNS: Sym.SYM_BLOCK_COLUMNS,
 }
 LOGITS = "logits"
 
@@ -53,7 +53,7 @@ class Lowering:
         self.vectors: dict[str, torch.dtype] = {}
         # Read by kernels that know their shape; nothing else may touch them.
         self._opaque = {spec.name for spec in graph.inputs if spec.kind == "cache"}
-        self._opaque |= {"query_start", "kv_lens", "block_tables"}
+        self._opaque |= {step.name for step in STEP if not step.is_per_row}
         self._symbols = {text: SYMBOLS.get(name) for text, name in graph.symbols.items()}
 
     def run(self) -> Plan:
@@ -73,7 +73,7 @@ class Lowering:
             buffer = self.plan.external(str(node.target))
             self._opaque_views[node] = View(buffer, value.dtype, (), ())
             return
-        axes = dict(STEP_INPUTS).get(str(node.target), ())
+        axes = next((step.axes for step in STEP if step.name == node.target), ())
         extents = tuple(Extent(1, SYMBOLS[axis]) for axis in axes)
         if not axes or self.extents(node) != extents or value.dtype != torch.int64:
             raise BackendError(

@@ -30,8 +30,8 @@ from graphopt.ir.text.printer import print_graph
 from graphopt.models import load
 from graphopt.passes.base import Pass, run_pass
 from graphopt.passes.manager import PassManager
+from graphopt.passes.recipe import plan_passes
 from graphopt.passes.registry import ordered
-from graphopt.program.options import plan_passes
 from graphopt.record.diff import collapsed_diff
 from graphopt.record.report import LIMIT, Rejection, Report, Site
 

@@ -41,11 +41,11 @@ from graphopt.cli.options import (
     pipeline_options,
 )
 from graphopt.errors import GraphoptError, UnsupportedError
-from graphopt.inspect.dump import Dump, is_dump, read_dump
 from graphopt.models import BUILTINS, load
 from graphopt.passes.registry import all_passes, default_passes, ordered, origin
 from graphopt.program.program import Program
 from graphopt.program.save import is_program, load_program, load_report
+from graphopt.record.dump import Dump, is_dump, read_dump
 from graphopt.record.report import grouped
 from graphopt.runtime.request import sampling_params
 

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import torch
 
-import graphopt.ops
 from graphopt import plugins
 from graphopt.errors import PluginError, UnsupportedError
 
@@ -128,9 +127,10 @@ def load_all() -> dict[str, OpSpec]:
 
     Raises PluginError for a plugin that cannot be loaded or names no module.
     """
-    for module in pkgutil.iter_modules(graphopt.ops.__path__):
-        if module.name != "registry":
-            importlib.import_module(f"graphopt.ops.{module.name}")
+    # By name: ops stand above the IR, which knows their facts only as they register.
+    package = importlib.import_module("graphopt.ops")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
     for described, value in plugins.load("graphopt.ops"):
         if not isinstance(value, ModuleType | OpSpec):
             raise PluginError(

@@ -20,23 +20,22 @@ from graphopt.check.numerics import NumericsCheck
 from graphopt.codegen.cpu.backend import select
 from graphopt.config import Config
 from graphopt.errors import RequestError, UnsupportedError, WeightFormatError
-from graphopt.inspect.dump import Dump, DumpWriter, as_dump
 from graphopt.ir.graph import Graph
 from graphopt.ir.weights import owned
 from graphopt.models import GenerationDefaults, end_token_ids, generation_defaults, load
 from graphopt.models.schema import TOKEN
 from graphopt.passes.manager import Instrument, PassManager
+from graphopt.passes.recipe import SERVING_PASS, plan_passes
 from graphopt.program.context import narrowing, stated_context
 from graphopt.program.options import (
-    SERVING_PASS,
     check_choices,
     check_edits,
     check_instruments,
     check_source,
     check_threads,
-    plan_passes,
 )
 from graphopt.program.program import Program, ProgramOptions
+from graphopt.record.dump import Dump, DumpWriter, as_dump
 from graphopt.record.report import Rejection, Report, grouped
 from graphopt.record.trace import TraceRecorder
 from graphopt.runtime.request import SamplingParams, sampling_from_plain

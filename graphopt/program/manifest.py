@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-import graphopt
+from graphopt import __version__
 from graphopt.errors import ProgramFormatError, RequestError
 from graphopt.files.json_file import read_object
 from graphopt.files.regular_file import check_all_regular
@@ -51,7 +51,7 @@ def write_manifest(program: Program, folder: Path) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     manifest = {
         "format": FORMAT,
-        "graphopt": graphopt.__version__,
+        "graphopt": __version__,
         "torch": torch.__version__,
         "options": asdict(program.options),
         "serving": program.serving is not None,

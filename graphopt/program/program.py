@@ -12,31 +12,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from graphopt.check.inputs import check_inputs, input_types, sequence_name, size_limits
 from graphopt.check.oracle import whole_prompt_logits
-from graphopt.codegen.backend import (
-    Backend,
-    ForwardExecutable,
-    KernelCall,
-    ServingExecutable,
-)
+from graphopt.codegen.backend import Backend, ForwardExecutable, ServingExecutable
 from graphopt.errors import RequestError, RowDependenceError, ScoreRangeError, did_you_mean
 from graphopt.ir.assumptions import check_assumptions
 from graphopt.ir.graph import Graph, shape_of
 from graphopt.ir.limits import Limit, lowest
 from graphopt.program.chat_template import chat_ids
+from graphopt.record.calls import KernelCall
+from graphopt.record.dump import Dump, write_dump
 from graphopt.record.report import Rejection, Report
 from graphopt.record.trace import Trace
 from graphopt.runtime import Completion, Engine, SamplingParams, TokenEvent
 from graphopt.runtime.request import sampling_params
-
-if TYPE_CHECKING:
-    from graphopt.inspect.dump import Dump
 
 KV_DTYPES = {
     "auto": None,
@@ -238,9 +232,7 @@ class Program:
         Raises UnsupportedError for a folder with other files of these names, PassError for a filter
         that names no pass of the compilation, NoRecordError for a program saved without a trace.
         """
-        from graphopt.inspect.dump import dump_program
-
-        dump_program(self, to)
+        write_dump(to, self.options.name, self.report, self.trace, self.kernel_calls)
 
     def save(self, folder: str | Path) -> None:
         """Write the program to a new or empty folder; see `graphopt.load_program`."""

@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from rich.table import Table
-from rich.text import Text
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
 
 LOGGER = logging.getLogger("graphopt")
 LIMIT = "limit"
@@ -214,6 +215,8 @@ class Report:
     def table(self) -> Table:
         """The table the CLI prints: pass, ms, sites, nodes before and after, and below it what is
         assumed."""
+        from rich.table import Table
+
         table = Table(title="passes", caption=assumed(self.assumptions))
         for heading in ("pass", "ms", "sites", "rejected", "nodes before", "nodes after"):
             table.add_column(heading, justify="left" if heading == "pass" else "right")
@@ -231,6 +234,8 @@ class Report:
 
 def assumed(assumptions: Sequence[str]) -> Text | None:
     """The assumptions as lines below a table; None where there are none."""
+    from rich.text import Text
+
     # Text, since brackets are not markup.
     return Text("\n".join(f"assumes: {line}" for line in assumptions)) if assumptions else None
 

@@ -8,7 +8,7 @@ from graphopt.errors import UnsupportedError
 from graphopt.inspect.explorer.data import page_data
 from graphopt.inspect.explorer.page import MARKER, render
 from graphopt.inspect.explorer.subject import subject_of
-from graphopt.program.options import is_count
+from graphopt.passes.recipe import is_count
 from graphopt.program.program import Program
 
 _MOST = 1_000_000

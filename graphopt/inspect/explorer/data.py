@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import graphopt
+from graphopt import __version__
 from graphopt.cost.machines import MACHINES
 from graphopt.inspect.explain import explain
 from graphopt.inspect.explorer.facts import Fact, facts
@@ -86,7 +86,7 @@ def page_data(subject: Subject, batch: int = 1, sequence: int = 512) -> dict[str
     passes = _passes(subject)
     return {
         "format": FORMAT,
-        "graphopt": graphopt.__version__,
+        "graphopt": __version__,
         "name": subject.name,
         "batch": batch,
         "sequence": sequence,

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graphopt.errors import NoRecordError, UnsupportedError
-from graphopt.inspect.dump import is_dump, read_dump, read_manifest
 from graphopt.models import BUILTINS, load
 from graphopt.program.compile import compile
 from graphopt.program.manifest import read_manifest as read_program_manifest
 from graphopt.program.program import Program
 from graphopt.program.save import TRACE, is_program, load_report
+from graphopt.record.dump import is_dump, read_dump, read_manifest
 from graphopt.record.report import Report
 from graphopt.record.trace import Trace, read_trace
 

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 import graphopt
 from graphopt.cli import app as cli
 from graphopt.errors import GraphoptError, ModelNotFoundError, NoRecordError, UnsupportedError
-from graphopt.inspect.dump import Dump
 from graphopt.inspect.explorer.page import MARKER
 from graphopt.program.program import Program
+from graphopt.record.dump import Dump
 
 runner = CliRunner()
 

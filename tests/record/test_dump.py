@@ -24,10 +24,10 @@ from graphopt.errors import (
     UnsupportedError,
     VerifyError,
 )
-from graphopt.inspect.dump import read_dump
 from graphopt.ir.graph import Graph
 from graphopt.ir.text.parser import first_difference, parse_graph
 from graphopt.passes.base import Pass
+from graphopt.record.dump import read_dump
 from graphopt.record.report import PassRecord
 from graphopt.record.trace import Trace, check_round_trip
 

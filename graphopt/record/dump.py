@@ -29,11 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
-import graphopt
-from graphopt.codegen.backend import KernelCall
+from graphopt import __version__
 from graphopt.errors import (
     GraphoptError,
     NoRecordError,
@@ -45,7 +42,7 @@ from graphopt.files.json_file import MOST_BYTES, parse_json, read_object
 from graphopt.files.regular_file import check_regular
 from graphopt.ir.graph import Graph
 from graphopt.ir.text.printer import print_graph
-from graphopt.program.program import Program
+from graphopt.record.calls import KernelCall
 from graphopt.record.diff import collapsed_diff, read_line
 from graphopt.record.report import LOGGER, Report
 from graphopt.record.trace import CAPTURE, Trace, TraceStep, read_trace
@@ -196,7 +193,7 @@ class DumpWriter:
         self._write_bytes(REPORT, gzip.compress(data.encode(), mtime=0))
         manifest = {
             "format": FORMAT,
-            "graphopt": graphopt.__version__,
+            "graphopt": __version__,
             "torch": torch.__version__,
             "kind": KIND,
             "name": name,
@@ -250,19 +247,19 @@ class DumpWriter:
         self._written[file] = _sha256(data)
 
 
-def dump_program(program: Program, to: str | Path | Dump) -> None:
-    """See `Program.dump`."""
-    if not program.trace.steps:
-        raise NoRecordError(
-            f"{program.options.name} was saved before programs kept their trace: compile it again"
-        )
-    dump = as_dump(to, [record.name for record in program.report.passes])
+def write_dump(
+    to: str | Path | Dump, name: str, report: Report, trace: Trace, kernels: Sequence[KernelCall]
+) -> None:
+    """A dump of a compilation that is over; see `Program.dump`. name: of the model."""
+    if not trace.steps:
+        raise NoRecordError(f"{name} was saved before programs kept their trace: compile it again")
+    dump = as_dump(to, [record.name for record in report.passes])
     if dump is None:
         raise UnsupportedError("give the folder to dump to")
     writer = DumpWriter(dump)
-    for previous, step in zip((None, *program.trace.steps), program.trace.steps, strict=False):
+    for previous, step in zip((None, *trace.steps), trace.steps, strict=False):
         writer.step(step, previous)
-    writer.finish(program.options.name, program.report, program.trace, program.kernel_calls)
+    writer.finish(name, report, trace, kernels)
 
 
 def summary(
@@ -277,6 +274,9 @@ def summary(
     files: number of a pass in the report -> its graph file; a pass without one changed nothing.
     notes: beside those of the report.
     """
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     headings = ("pass", "ms", "verify ms", "sites", "rejected", "nodes", "numeric error")
     for heading in (*headings, "file", "ops"):
