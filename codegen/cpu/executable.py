@@ -255,6 +255,11 @@ def _size_of(cache: TensorCache) -> tuple[int, int]:
     return block_size, blocks
 
 
+def lowering_of(graph: Graph) -> Lowering:
+    """The lowering of a graph with all native rules; no weights are read."""
+    return Lowering(graph, RULES)
+
+
 def lower_serving(
     graph: Graph,
     library: NativeLibrary,
@@ -264,7 +269,7 @@ def lower_serving(
     threads: int,
 ) -> CpuServing:
     """Lower `graph`. `pack(name)` gives a weight's kernel layout."""
-    lowering = Lowering(graph, RULES)
+    lowering = lowering_of(graph)
     plan = lowering.run()
     # Packing releases the graph's copy: a weight that is read in both ways is kept before.
     vectors = {name: _owned(graph, name) for name in lowering.vectors}

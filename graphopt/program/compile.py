@@ -17,7 +17,7 @@ from graphopt.check.edit import Edit, EditAfter
 from graphopt.check.expect import check_counts, check_names
 from graphopt.check.inputs import longest_sequence, size_limits
 from graphopt.check.numerics import NumericsCheck
-from graphopt.codegen.cpu.backend import select
+from graphopt.codegen.registry import select
 from graphopt.config import Config
 from graphopt.errors import RequestError, UnsupportedError, WeightFormatError
 from graphopt.ir.graph import Graph
@@ -74,7 +74,7 @@ def compile(
     model: an nn.Module in eval mode, what `graphopt.models.load` returned, a reference that it
         takes ("smollm2-135m", a folder, a GGUF file), an ExportedProgram, or a captured Graph.
     example, dynamic: as for `graphopt.capture`.
-    backend: "cpu" or "reference".
+    backend: "cpu", "reference", or the name of a plugin's.
     activations: "float", or "int8": low-bit layers round their inputs to int8 in groups of 32
         (faster; changes results by about the rounding, see docs).
     kv_dtype: storage of the KV cache: "auto" (the model's dtype), "float32", "float16", "bfloat16".
@@ -183,17 +183,24 @@ def compile(
                 serving_graph,
                 refusal,
                 options,
-                select(backend, report, threads),
+                select(backend, report.note, threads),
                 report,
                 tokenizer,
                 recorder.trace,
             )
     except Exception as error:
         if writer is not None:
-            writer.failed(serving_graph or graph, report, recorder.trace, recorder.running, error)
+            writer.failed(
+                serving_graph or graph,
+                report,
+                recorder.trace,
+                recorder.running,
+                backend,
+                error,
+            )
         raise
     if writer is not None:
-        writer.finish(options.name, report, recorder.trace, program.kernel_calls)
+        writer.finish(options.name, report, recorder.trace, program.kernel_calls, backend)
     if serving == "required":
         _ = program.executable
     return program

@@ -8,7 +8,7 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from graphopt.check.edit import Asked, as_asked
-from graphopt.codegen.cpu.backend import BACKENDS
+from graphopt.codegen import registry as backends
 from graphopt.errors import PassError, UnsupportedError
 from graphopt.ir.graph import Graph
 from graphopt.passes.manager import Instrument
@@ -21,8 +21,8 @@ _MOST_THREADS = 1024
 
 def check_choices(backend: str, activations: str, kv_dtype: str, serving: str) -> None:
     """Raise UnsupportedError naming the option, its value and what is supported."""
+    backends.find(backend)
     choices: dict[str, tuple[Any, tuple[str, ...]]] = {
-        "backend": (backend, BACKENDS),
         "activations": (activations, ("float", "int8")),
         "kv_dtype": (kv_dtype, tuple(KV_DTYPES)),
         "serving": (serving, ("auto", "required", "off")),
@@ -41,10 +41,11 @@ def check_threads(backend: str, threads: int | None) -> None:
             f"threads={threads!r} is not supported; supported: an integer from 1 to "
             f"{_MOST_THREADS}, or None for as many as torch uses"
         )
-    if backend != "cpu":
+    if not backends.find(backend).has_threads:
+        able = [kind.name for kind in backends.backends().values() if kind.has_threads]
         raise UnsupportedError(
-            f"threads={threads} is an option of backend='cpu'; backend={backend!r} uses torch's "
-            "threads: torch.set_num_threads"
+            f"threads={threads} is an option of backend={' and '.join(map(repr, able))}; "
+            f"backend={backend!r} uses torch's threads: torch.set_num_threads"
         )
 
 

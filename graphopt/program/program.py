@@ -232,7 +232,8 @@ class Program:
         Raises UnsupportedError for a folder with other files of these names, PassError for a filter
         that names no pass of the compilation, NoRecordError for a program saved without a trace.
         """
-        write_dump(to, self.options.name, self.report, self.trace, self.kernel_calls)
+        options = self.options
+        write_dump(to, options.name, self.report, self.trace, self.kernel_calls, options.backend)
 
     def save(self, folder: str | Path) -> None:
         """Write the program to a new or empty folder; see `graphopt.load_program`."""

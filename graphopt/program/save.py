@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from graphopt.codegen.cpu.backend import select
+from graphopt.codegen.registry import select
 from graphopt.errors import ProgramFormatError, VerifyError
 from graphopt.files.json_file import parse_json, read_object
 from graphopt.files.regular_file import check_regular
@@ -205,7 +205,7 @@ def load_program(
     report.seconds["read"] = time.perf_counter() - started
     tokenizer = _read_tokenizer(path / "tokenizer")
     with report.timed("lower"):
-        chosen = select(options.backend, report, threads)
+        chosen = select(options.backend, report.note, threads)
         del weights
         trace = read_trace(path / TRACE)
         program = Program(

@@ -180,9 +180,11 @@ class DumpWriter:
         report: Report,
         trace: Trace,
         kernels: Sequence[KernelCall],
+        backend: str,
         failure: str = "",
     ) -> None:
-        """Write the summary, the kernels, the report and the manifest. name: of the model."""
+        """Write the summary, the kernels, the report and the manifest. name: of the model; backend:
+        that it was compiled for."""
         unmatched = self._unmatched(trace)
         for text in unmatched:
             LOGGER.warning(text)
@@ -197,6 +199,7 @@ class DumpWriter:
             "torch": torch.__version__,
             "kind": KIND,
             "name": name,
+            "backend": backend,
             "filters": {k: getattr(self.dump, k) for k in ("passes", "layers", "ops")},
             "failure": failure,
             "files": self._written,
@@ -219,7 +222,13 @@ class DumpWriter:
         ]
 
     def failed(
-        self, graph: Graph, report: Report, trace: Trace, running: str, error: Exception
+        self,
+        graph: Graph,
+        report: Report,
+        trace: Trace,
+        running: str,
+        backend: str,
+        error: Exception,
     ) -> None:
         """Write what there is: the graph as the failing pass left it, and the rest of the dump.
 
@@ -231,7 +240,8 @@ class DumpWriter:
                 file = f"{len(report.passes) + 1:02d}_{running}.failed.gir"
                 self._write(file, print_graph(graph))
         text = f"{type(error).__name__}: {error}"
-        self.finish(graph.name, report, trace, (), f"{running}: {text}" if running else text)
+        failure = f"{running}: {text}" if running else text
+        self.finish(graph.name, report, trace, (), backend, failure)
 
     def _write(self, file: str, text: str) -> None:
         self._write_bytes(file, text.encode())
@@ -248,7 +258,12 @@ class DumpWriter:
 
 
 def write_dump(
-    to: str | Path | Dump, name: str, report: Report, trace: Trace, kernels: Sequence[KernelCall]
+    to: str | Path | Dump,
+    name: str,
+    report: Report,
+    trace: Trace,
+    kernels: Sequence[KernelCall],
+    backend: str,
 ) -> None:
     """A dump of a compilation that is over; see `Program.dump`. name: of the model."""
     if not trace.steps:
@@ -259,7 +274,7 @@ def write_dump(
     writer = DumpWriter(dump)
     for previous, step in zip((None, *trace.steps), trace.steps, strict=False):
         writer.step(step, previous)
-    writer.finish(name, report, trace, kernels)
+    writer.finish(name, report, trace, kernels, backend)
 
 
 def summary(

@@ -11,14 +11,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from graphopt.errors import ProgramFormatError, VerifyError
 from graphopt.files.regular_file import check_regular
 from graphopt.ir.graph import Graph, namespaces_of
 from graphopt.ir.text.parser import GraphReader, first_difference
 from graphopt.ir.text.printer import print_graph
-from graphopt.passes.base import Pass
 from graphopt.record.diff import collapsed_diff
 from graphopt.record.report import PassRecord, Report
 
@@ -78,6 +77,14 @@ def read_trace(folder: Path) -> Trace:
     return Trace(tuple(sorted(steps, key=lambda step: step.number)))
 
 
+class Named(Protocol):
+    """A pass, as far as a record of it goes."""
+
+    @property
+    def name(self) -> str:
+        """Unique among passes."""
+
+
 class TraceRecorder:
     """Instrument: prints the graph after every pass that changed it.
 
@@ -107,12 +114,12 @@ class TraceRecorder:
         """The graph before the first pass."""
         self.record(CAPTURE, graph)
 
-    def before(self, pass_: Pass[Any], graph: Graph) -> None:
+    def before(self, pass_: Named, graph: Graph) -> None:
         """The text after the previous pass is the text before this one."""
         del graph
         self.running = pass_.name
 
-    def after(self, pass_: Pass[Any], graph: Graph, record: PassRecord) -> None:
+    def after(self, pass_: Named, graph: Graph, record: PassRecord) -> None:
         """Print the graph. A pass that applied nothing and removed nothing is not asked."""
         del pass_
         self.running = ""

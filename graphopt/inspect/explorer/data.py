@@ -77,7 +77,7 @@ def page_data(subject: Subject, batch: int = 1, sequence: int = 512) -> dict[str
     steps: list[dict[str, Any]] = []
     for number, step in enumerate(subject.trace.steps):
         lines.append(read_lines(step.text))
-        indices = _entries(lines[-1], facts(step.text, batch, sequence), tables)
+        indices = _entries(lines[-1], facts(step.text, batch, sequence, subject.backend), tables)
         rows: list[int] = []
         if number:
             before = subject.trace.steps[number - 1].text

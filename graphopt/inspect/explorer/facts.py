@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graphopt.codegen.cpu import rules_compute, rules_shape
-from graphopt.codegen.cpu.lower import Lowering
+from graphopt.codegen import registry as backends
 from graphopt.cost.flops_bytes import NodeCost, graph_costs
-from graphopt.errors import BackendError, ProgramFormatError
+from graphopt.errors import BackendError, ProgramFormatError, UnsupportedError
 from graphopt.inspect.explorer.lines import GraphLine, read_lines
 from graphopt.ir.graph import Graph
 from graphopt.ir.shapes import DTYPES_BY_NAME
@@ -26,13 +25,13 @@ VIEW = "view (no work)"
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """Of one call. kernel: what runs it in the cpu backend, "" where that is not known."""
+    """Of one call. kernel: what runs it in the backend, "" where that is not known."""
 
     cost: NodeCost
     kernel: str = ""
 
 
-def facts(text: str, batch: int, sequence: int) -> list[Fact]:
+def facts(text: str, batch: int, sequence: int, backend: str) -> list[Fact]:
     """One a call of the text, in order; none when the text cannot be read back (it names ops of a
     user's own that are not loaded)."""
     try:
@@ -40,7 +39,7 @@ def facts(text: str, batch: int, sequence: int) -> list[Fact]:
     except ProgramFormatError:
         return []
     costs = graph_costs(graph, batch, sequence)
-    kernels = _kernels(graph) if graph.dialect == "serving" else {}
+    kernels = _kernels(graph, backend) if graph.dialect == "serving" else {}
     return [Fact(cost, kernels.get(f"%{n.meta['number']}", "")) for n, cost in costs.items()]
 
 
@@ -57,14 +56,14 @@ def weights_of(lines: Sequence[GraphLine]) -> dict[str, Tensor]:
     return weights
 
 
-def _kernels(graph: Graph) -> dict[str, str]:
-    """Value -> kernels of the cpu backend's plan; empty when it has no plan for the graph."""
+def _kernels(graph: Graph, backend: str) -> dict[str, str]:
+    """Value -> kernels of the backend's plan; empty when it has no plan for the graph."""
     try:
-        plan = Lowering(graph, {**rules_shape.RULES, **rules_compute.RULES}).run()
-    except BackendError:
+        calls = backends.find(backend).kernel_calls(graph)
+    except (BackendError, UnsupportedError):
         return {}
     found = {f"%{n.meta['number']}": VIEW for n in graph.nodes if n.op == "call_function"}
-    for call in plan.kernel_calls:
+    for call in calls:
         name = f"native {call.kernel}" if call.is_native else f"torch {call.kernel}"
         before = found.get(call.value, VIEW)
         found[call.value] = name if before == VIEW else f"{before}, {name}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from graphopt.errors import NoRecordError, UnsupportedError
@@ -15,14 +15,18 @@ from graphopt.record.dump import is_dump, read_dump, read_manifest
 from graphopt.record.report import Report
 from graphopt.record.trace import Trace, read_trace
 
+_DEFAULT = "cpu"
+"""The backend of `compile` when none is named."""
+
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One compilation. name: of the model."""
+    """One compilation. name: of the model. backend: whose kernels are shown."""
 
     name: str
     trace: Trace
     report: Report
+    backend: str
 
 
 def subject_of(given: Program | str | Path) -> Subject:
@@ -33,14 +37,14 @@ def subject_of(given: Program | str | Path) -> Subject:
     graphs out, UnsupportedError for other subjects, and what loading and compiling raise.
     """
     if isinstance(given, Program):
-        found = Subject(given.options.name, given.trace, given.report)
+        found = Subject(given.options.name, given.trace, given.report, given.options.backend)
     elif not isinstance(given, (str, Path)):
         raise UnsupportedError(
             "explore takes a Program, a folder or the name of a model, not a "
             f"{type(given).__name__}"
         )
     elif is_dump(Path(given)):
-        found = Subject(str(read_manifest(Path(given)).get("name", given)), *read_dump(given))
+        found = _dumped(Path(given))
         changed = [record for record in found.report.passes if record.has_changes]
         if found.trace.steps and len(found.trace.steps) < 1 + len(changed):
             raise NoRecordError(
@@ -48,10 +52,12 @@ def subject_of(given: Program | str | Path) -> Subject:
             )
     elif is_program(Path(given)):
         folder = Path(given)
-        name = read_program_manifest(folder).options.name
-        found = Subject(name, read_trace(folder / TRACE), load_report(folder))
+        options = read_program_manifest(folder).options
+        trace, report = read_trace(folder / TRACE), load_report(folder)
+        found = Subject(options.name, trace, report, options.backend)
     else:
-        return subject_of(_compiled(str(given)))
+        # Compiled for the backend that needs no kernels, shown as `compile` would run it.
+        found = replace(subject_of(_compiled(str(given))), backend=_DEFAULT)
     if not found.trace.steps or not found.report.passes:
         raise NoRecordError(
             f"{given if isinstance(given, (str, Path)) else found.name} holds no trace of its "
@@ -59,6 +65,12 @@ def subject_of(given: Program | str | Path) -> Subject:
             "compile it again"
         )
     return found
+
+
+def _dumped(folder: Path) -> Subject:
+    manifest = read_manifest(folder)
+    name, backend = manifest.get("name", folder), manifest.get("backend", _DEFAULT)
+    return Subject(str(name), *read_dump(folder), str(backend))
 
 
 def _compiled(model: str) -> Program:
