@@ -4,17 +4,16 @@
     program = graphopt.compile("smollm2-135m")
     print(program.generate("The capital of France is", max_tokens=16)[0].text)
 
-Names are imported on first use, so a part of the package can be used without the rest. Only
-`capture` is imported at once: it is a function here and also the name of a subpackage, and the
-import system would otherwise put the subpackage in its place.
+Names are imported on first use: `import graphopt` alone waits for nothing, torch included.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from graphopt.capture import ModelSource, capture
-
 if TYPE_CHECKING:
+    from graphopt.capture.source import ModelSource
     from graphopt.check.bisect import Bisection, bisect
     from graphopt.inspect.explain import explain
     from graphopt.inspect.explorer import explore
@@ -34,6 +33,7 @@ _HOME = {
     "Dump": "graphopt.record.dump",
     "Explanation": "graphopt.inspect.rows",
     "Graph": "graphopt.ir.graph",
+    "ModelSource": "graphopt.capture.source",
     "Program": "graphopt.program.program",
     "SamplingParams": "graphopt.runtime",
     "bisect": "graphopt.check.bisect",
@@ -72,4 +72,24 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, "capture"})
+
+
+if TYPE_CHECKING:
+    from graphopt.capture.capture import capture
+else:
+
+    class _Package(ModuleType):
+        """`capture` is a function here and also the name of a subpackage, which the import system
+        puts in its place as soon as anything of it is imported: it is not let."""
+
+        @property
+        def capture(self) -> Any:
+            """`graphopt.capture(model)`."""
+            return import_module("graphopt.capture.capture").capture
+
+        @capture.setter
+        def capture(self, _module: ModuleType) -> None:
+            pass
+
+    sys.modules[__name__].__class__ = _Package

@@ -1,4 +1,4 @@
-"""The command `graphopt explore`."""
+"""`graphopt explore`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 from graphopt.inspect.explorer import explore
 
 
-def explore_command(
+def command(
     subject: Annotated[
         str,
         typer.Argument(

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Annotated, Any
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, get_type_hints
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
-from graphopt.check.edit import Edit
-from graphopt.config import Config
-from graphopt.errors import GraphoptError, UnsupportedError
+from graphopt.errors import UnsupportedError
 
 Model = Annotated[str, typer.Argument(help="model name, folder, .gguf file, or saved program")]
 Weights = Annotated[
@@ -74,53 +68,70 @@ def limits_in(texts: Iterable[str] | None) -> dict[str, int]:
     return limits
 
 
-def pipeline_options(
-    disable: list[str] | None, enable: list[str] | None, limit: list[str] | None, check: str | None
-) -> dict[str, Any]:
-    """Those that were given, as arguments of `graphopt.compile`."""
-    given = {"disable": disable, "enable": enable, "limits": limits_in(limit), "check": check}
-    return {name: value for name, value in given.items() if value}
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """How a model is loaded and run; None: not said."""
+
+    weights: Weights = None
+    dtype: Dtype = None
+    activations: Activations = None
+    backend: Backend = None
+
+    def of_compilation(self) -> dict[str, str | None]:
+        """Those that are decided when a program is compiled."""
+        return {"weights": self.weights, "dtype": self.dtype, "activations": self.activations}
 
 
-def edit_with(editor: str | None, console: Console) -> Edit:
-    """Open the graph text in an editor, and again, with the error, while it cannot be read.
+@dataclass(frozen=True, slots=True)
+class PassOptions:
+    """Which passes run, and how they are checked."""
 
-    editor: a command line; default: what VISUAL or EDITOR say. Where nobody can be asked whether to
-    edit again, the text of the failed attempt stays in a file that the error names. Raises
-    UnsupportedError when no editor is known.
-    """
-    chosen = editor or Config.from_environment().editor
-    if not chosen.strip():
-        raise UnsupportedError("--edit-after needs an editor: give --editor, or set EDITOR")
+    disable: Disable = None
+    enable: Enable = None
+    limit: Limit = None
+    check: Check = None
 
-    def edit(text: str, error: str) -> str:
-        if error:
-            console.print(Text.assemble(("error:", "red"), " ", error), soft_wrap=True)
-            if not sys.stdin.isatty() or not typer.confirm("Edit again?", default=True):
-                raise GraphoptError(f"the edited text is in {_write(text)}: {error}")
-        path = _write(text)
-        try:
-            command = [*shlex.split(chosen), str(path)]
-            status = subprocess.call(command)
-        except (OSError, ValueError) as failure:
-            raise UnsupportedError(f"the editor {chosen!r} cannot be run: {failure}") from None
-        if status:
-            raise GraphoptError(f"the editor {chosen!r} ended with status {status}; text: {path}")
-        try:
-            edited = path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as failure:
-            raise GraphoptError(
-                f"the editor {chosen!r} left no text in {path}: {failure}"
-            ) from None
-        path.unlink()
-        return edited
-
-    return edit
+    def given(self) -> dict[str, Any]:
+        """Those that were given, as arguments of `graphopt.compile`."""
+        limits = limits_in(self.limit)
+        given = {
+            "disable": self.disable,
+            "enable": self.enable,
+            "limits": limits,
+            "check": self.check,
+        }
+        return {name: value for name, value in given.items() if value}
 
 
-def _write(text: str) -> Path:
-    with tempfile.NamedTemporaryFile(
-        "w", suffix=".gir", prefix="graphopt-", delete=False, encoding="utf-8"
-    ) as file:
-        file.write(text)
-    return Path(file.name)
+_GROUPS = (PassOptions, ModelOptions)
+
+
+def takes_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Decorator of a command: a parameter whose type is a group of options above becomes one
+    option per field, and the function gets the group."""
+    types = get_type_hints(function, include_extras=True)
+    groups = {name: kind for name, kind in types.items() if kind in _GROUPS}
+    parameters = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name not in groups:
+            parameters.append(parameter.replace(annotation=types[name]))
+            continue
+        hints = get_type_hints(groups[name], include_extras=True)
+        parameters += [
+            inspect.Parameter(
+                field.name, parameter.kind, default=field.default, annotation=hints[field.name]
+            )
+            for field in fields(groups[name])
+        ]
+
+    @functools.wraps(function)
+    def command(**given: Any) -> None:
+        made = {
+            name: kind(**{field.name: given.pop(field.name) for field in fields(kind)})
+            for name, kind in groups.items()
+        }
+        function(**given, **made)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -16,6 +18,8 @@ from typer.testing import CliRunner
 
 import graphopt
 from graphopt.cli import app as cli
+from graphopt.cli import opening
+from graphopt.cli.completion import fitting
 from graphopt.errors import UnsupportedError
 from graphopt.models import load
 
@@ -184,8 +188,8 @@ def test_text_is_printed_as_it_is(
 ) -> None:
     """Square brackets are markup to the console that prints the text."""
     source = replace(load(folder), tokenizer=Speller(), name="[bold]tiny[/x]")
-    monkeypatch.setattr(cli, "load", lambda *_, **__: source)
-    monkeypatch.setattr(cli.graphopt, "compile", partial(graphopt.compile, backend="reference"))
+    monkeypatch.setattr(opening, "load", lambda *_, **__: source)
+    monkeypatch.setattr(opening, "compile", partial(graphopt.compile, backend="reference"))
     done = runner.invoke(cli.app, ["demo", "--prompt", "[/b] [rows]", "--max-tokens", "6"])
     assert done.exit_code == 0, done.output
     printed = done.output.splitlines()
@@ -299,4 +303,38 @@ def test_the_default_number_of_tokens_is_what_the_context_leaves(
     context: int, length: int, tokens: int
 ) -> None:
     program = graphopt.compile(tiny_llama(max_position_embeddings=context), backend="reference")
-    assert cli._fitting(program, [1] * length) == tokens
+    assert fitting(program, [1] * length) == tokens
+
+
+def test_help_lists_every_command_without_importing_it() -> None:
+    code = (
+        "import sys; from graphopt.cli.app import main; sys.argv = ['graphopt', '--help']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'networkx', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in cli.COMMANDS:
+        assert f" {name} " in done.stdout
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_the_list_of_commands_says_what_they_say(name: str) -> None:
+    module = importlib.import_module(f"graphopt.cli.{name}")
+    first = " ".join(inspect.getdoc(module.command).split("\n\n")[0].split())
+    assert first == cli.COMMANDS[name]
+    assert runner.invoke(cli.app, [name, "--help"]).exit_code == 0
+
+
+def test_a_command_that_does_not_exist() -> None:
+    done = runner.invoke(cli.app, ["compil"])
+    assert done.exit_code == 2
+    assert "compile" in done.output
+
+
+def test_importing_graphopt_imports_nothing_else() -> None:
+    code = "import sys, graphopt; print(sorted({'torch', 'rich', 'networkx'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
