@@ -44,21 +44,17 @@ _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 class Commands(TyperGroup):
     """The commands of `COMMANDS`; listing them imports none."""
 
-    _is_listing = False
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._is_listing = False
+        self.commands = {name: TyperCommand(name, help=first) for name, first in COMMANDS.items()}
 
     # Types of typer's own copy of click, which has no public name.
-    def list_commands(self, ctx: Any) -> list[str]:
-        """In the order of the table."""
-        del ctx
-        return list(COMMANDS)
-
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command, or only its first sentence while they are listed."""
-        del ctx
-        if cmd_name not in COMMANDS:
-            return None
-        if self._is_listing:
-            return TyperCommand(cmd_name, help=COMMANDS[cmd_name])
+        listed = super().get_command(ctx, cmd_name)
+        if listed is None or self._is_listing:
+            return listed
         module = importlib.import_module(f"graphopt.cli.{cmd_name}")
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         single.command(cmd_name)(module.command)
