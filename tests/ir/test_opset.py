@@ -101,7 +101,7 @@ def test_rows_of_which_nothing_is_said_are_not() -> None:
         (
             "testops::squared(Tensor x) -> Tensor",
             {},
-            r"'testops\.squared' is defined twice: by .*test_op_registry and by .*test_op_registry",
+            r"'testops\.squared' is defined twice: by .*test_opset and by .*test_opset",
         ),
         (swiglu.SCHEMA, {}, r"'graphopt\.swiglu' is defined twice: by graphopt and by .*test_op"),
     ],

@@ -5,9 +5,9 @@
     None             the value does not depend on the tokens
 A rule raises `RowsMixedError` when its op lets one row see another, or one batch item another.
 Attention is the only op that may, and only when it is causal over the same rows. Batch items are
-independent requests. `row_layout.py` holds the terms, `row_shape_rules.py` the ops that move axes,
+independent requests. `layout.py` holds the terms, `shape_rules.py` the ops that move axes,
 `row_product_rules.py` those that multiply, `row_index_rules.py` those that look values up; an op
-without a rule is taken apart by `row_parts.py`.
+without a rule is taken apart by `parts.py`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The row-independence proof: follow the token axis through a captured graph.
 
-`trace_rows` walks the graph once, op by op, with the rules of `row_rules.py`, and raises
+`trace_rows` walks the graph once, op by op, with the rules of `rules.py`, and raises
 `RowsMixedError` at the first op that lets one token row or batch item see another, that computes
 with the length of the sequence, or that has no rule and no parts that have one.
 """
