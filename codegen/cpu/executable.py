@@ -239,11 +239,11 @@ def _check_shapes(step: tuple[Tensor, ...]) -> None:
     starts, columns = [*(n + 1 for n in requests)], block_tables.shape[1:2]
     shapes = (rows, rows, rows, starts, requests, [*requests, *columns], logit_rows.shape[:1])
     for declared, value, shape in zip(STEP, step, shapes, strict=True):
-        is_shaped = len(shape) == len(declared.axes) and list(value.shape) == list(shape)
+        is_shaped = list(value.shape) == list(shape) and value.ndim == len(declared.axes)
         if not is_shaped or value.dtype != torch.int64 or not value.is_contiguous():
             raise BackendError(
-                f"step input {declared.name!r} is {value.dtype} {list(value.shape)}; it must be contiguous "
-                f"torch.int64 [{', '.join(declared.axes)}]"
+                f"step input {declared.name!r} is {value.dtype} {list(value.shape)}; it must be "
+                f"contiguous torch.int64 [{', '.join(declared.axes)}]"
             )
 
 
