@@ -4,7 +4,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from gguf_samples import Q, tiny_llama, write_gguf
+from helpers.gguf_samples import Q, tiny_llama, write_gguf
 
 from graphopt.errors import WeightFormatError
 from graphopt.models.gguf.file import open_gguf

@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from gguf_samples import KV_HEADS, SIZES, tiny_llama, write_gguf
+from helpers.gguf_samples import KV_HEADS, SIZES, tiny_llama, write_gguf
 
 from graphopt.config import Config
 from graphopt.errors import UnsupportedError, WeightFormatError

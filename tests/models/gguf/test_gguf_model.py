@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_samples import HEADS, SIZES, Q, randomize, tiny_llama, write_gguf
+from helpers.gguf_samples import HEADS, SIZES, Q, randomize, tiny_llama, write_gguf
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from graphopt.config import Config
@@ -260,7 +260,7 @@ def test_old_files_without_optional_keys(tmp_path: Path, config: Config) -> None
     """head_dim and the number of kv heads have defaults in the format."""
     model = tiny_llama(num_key_value_heads=HEADS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gguf_samples.KV_HEADS", HEADS)
+        patch.setattr("helpers.gguf_samples.KV_HEADS", HEADS)
         optional = ("key_length", "value_length", "head_count_kv")
         left_out = dict.fromkeys(f"attention.{key}" for key in optional)
         write_gguf(tmp_path / "m.gguf", model, keys=left_out)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from fuzz.gguf_parts import ARRAY, BOOL, F32, STRING, U32, Parts, Value, read
-from gguf_samples import tiny_llama, write_gguf
 from helpers.file_kinds import KINDS, put
+from helpers.gguf_samples import tiny_llama, write_gguf
 
 from graphopt.config import Config
 from graphopt.errors import GraphoptError, WeightFormatError

@@ -7,7 +7,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from gguf_samples import tiny_llama, write_gguf
+from helpers.gguf_samples import tiny_llama, write_gguf
 
 from graphopt.config import Config
 from graphopt.errors import WeightFormatError

@@ -3,7 +3,7 @@ from typing import Any
 
 import gguf
 import pytest
-from gguf_samples import CHAT_TEMPLATE, tiny_llama, write_gguf
+from helpers.gguf_samples import CHAT_TEMPLATE, tiny_llama, write_gguf
 from tokenizers.pre_tokenizers import ByteLevel
 
 import graphopt.models.gguf.tokenizer as subject

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_samples import TOKENS, randomize, tiny_llama
+from helpers.gguf_samples import TOKENS, randomize, tiny_llama
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel

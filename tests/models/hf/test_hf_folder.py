@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_samples import TOKENS, randomize, tiny_llama
+from helpers.gguf_samples import TOKENS, randomize, tiny_llama
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer

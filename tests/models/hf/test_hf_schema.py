@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_samples import tiny_llama
+from helpers.gguf_samples import tiny_llama
 from transformers import AlbertConfig, AlbertModel
 
 import graphopt

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_samples import tiny_llama, write_gguf
 from helpers.file_kinds import KINDS, put
+from helpers.gguf_samples import tiny_llama, write_gguf
 from safetensors.torch import load_file, save_file
 
 from graphopt.config import Config
