@@ -31,7 +31,7 @@ def check_regular(path: Path, error: type[GraphoptError]) -> int:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         what = "is a link to nothing" if os.path.islink(path) else "is missing"
-        raise error(f"{path} {what}; fetch it again") from None
+        raise error(f"{path} {what}") from None
     except (OSError, ValueError) as failure:
         raise error(f"{path} cannot be read: {failure}") from failure
     if not stat.S_ISREG(found.st_mode):

@@ -146,6 +146,7 @@ class DumpWriter:
                 raise UnsupportedError(f"{path} is in the way; dump into another folder")
             if not _OURS.fullmatch(inside):
                 continue
+            check_regular(path, UnsupportedError)
             is_ours = listed.get(inside) == _sha256(path.read_bytes())
             if not is_ours and not (listed and inside == MANIFEST):
                 what = "was changed since it was dumped" if inside in listed else "is in the way"

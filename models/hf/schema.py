@@ -33,18 +33,14 @@ from graphopt.models.schema import (
 _SHARED_LAYERS = 100
 _MOST_LABELS = 1_000_000
 _MOST_INTEGER = 1 << 63
-_COUNTS = re.compile(
-    r"(num|n)_(\w+_)?(layers?|blocks?|groups?|stages?|experts?|levels?|codebooks?|depths?)|"
-    r"(\w+_)?(layers|depths?)"
-)
+_COUNTS = re.compile(r"(\w+_)?(num|n)_(\w+_)?layers?|(\w+_)?layers|depths")
 _LABELS = re.compile(r"num_labels")
 _SIZES = re.compile(
-    r"hidden_size|n_embd|d_model|d_ff|d_kv|n_inner|ffn_dim|dim|hidden_dim|vocab_size|head_dim|"
-    r"(\w+_)?(embedding|intermediate)_size|(num|n)_(\w+_)?heads?|n_positions|n_ctx|"
-    r"max_(\w+_)?position(_embedding)?s"
+    r"hidden_size|n_embd|d_model|d_ff|d_kv|dim|hidden_dim|vocab_size|"
+    r"(num|n)_(\w+_)?heads?|n_positions|n_ctx|max_(\w+_)?position_embeddings"
 )
 _EPSILONS = re.compile(r"(\w+_)?(eps|epsilon)")
-_POSITIVES = re.compile(r"(\w+_)?rope_theta|rope_\w*base\w*|rotary_emb_base|factor")
+_POSITIVES = re.compile(r"rope_theta|rotary_emb_base|factor")
 _SEVERAL = re.compile(r"eos_token_id|(begin_)?suppress_tokens")
 _TOKENS = re.compile(rf"\w+_token_id|{_SEVERAL.pattern}")
 # transformers does not look at the types of these.
@@ -65,7 +61,7 @@ def check_config(path: Path, settings: Mapping[str, Any], tensors: int) -> None:
     rules = (
         (_COUNTS, Rule("integer", 0, max(tensors, _SHARED_LAYERS), "also")),
         (_LABELS, Rule("integer", 0, _MOST_LABELS)),
-        (_SIZES, Rule("integer", 1, SIZE.high, "also")),
+        (_SIZES, Rule("number", 1, SIZE.high, "also")),
         (_EPSILONS, EPSILON),
         (_POSITIVES, Rule("number", POSITIVE.low, POSITIVE.high, "also")),
     )

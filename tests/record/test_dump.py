@@ -333,3 +333,9 @@ def test_no_file_in_a_dump_in_its_place(
     put(kind, tmp_path / "d" / "manifest.json")
     with pytest.raises(ProgramFormatError, match="is no dump"):
         read_dump(tmp_path / "d")
+
+
+def test_a_pipe_where_a_dump_goes(model: Graph, tmp_path: Path) -> None:
+    put("a named pipe", tmp_path / "summary.txt")
+    with pytest.raises(UnsupportedError, match=r"summary\.txt .* a named pipe"):
+        graphopt.compile(model, dump=tmp_path)

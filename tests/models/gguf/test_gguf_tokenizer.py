@@ -266,3 +266,25 @@ def test_several_chat_templates(tmp_path: Path, config: Config) -> None:
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "default x"
     named = tokenizer.get_chat_template("tool_use")
     assert tokenizer.apply_chat_template(messages, chat_template=named, tokenize=False) == "tools x"
+
+
+def test_a_damaged_conversion_is_made_anew(sample: Path, config: Config) -> None:
+    expected = load_tokenizer(open_gguf(sample), config).encode("ab cd")
+    (kept,) = (config.cache / "tokenizers").iterdir()
+    (kept / "tokenizer.json").write_text("{")
+    for _ in range(2):
+        assert load_tokenizer(open_gguf(sample), config).encode("ab cd") == expected
+
+
+def test_a_cache_that_cannot_be_written(sample: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    config = Config(cache=tmp_path / "file" / "cache", offline=True)
+    with pytest.warns(UserWarning, match="the converted tokenizer is not kept"):
+        tokenizer = load_tokenizer(open_gguf(sample), config)
+    assert tokenizer.decode(tokenizer.encode("abcd")) == "abcd"
+
+
+def test_a_token_twice(tmp_path: Path, config: Config) -> None:
+    file = written(tmp_path / "m.gguf", tokens=["a", "b", "a"], token_type=[1, 1, 1])
+    with pytest.warns(UserWarning, match="a token twice"):
+        assert load_tokenizer(file, config) is None
