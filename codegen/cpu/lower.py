@@ -84,7 +84,7 @@ class Lowering:
             if apply is None or not apply(self, node):
                 self._host(node)
         # A rule reads numbers and shapes off a graph that may come from a file.
-        except (TypeError, ValueError, LookupError, AttributeError) as error:
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             raise BackendError(f"{where(node)} cannot be lowered: {error}") from error
 
     def _result(self, node: fx.Node) -> None:

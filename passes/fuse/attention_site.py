@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from graphopt.ir.graph import Graph, argument, dtype_of, is_call, op_name, shape_of
+from graphopt.ir.graph import Graph, argument, axis_of, dtype_of, is_call, op_name, shape_of
 from graphopt.passes.base import Reject, not_floats
 from graphopt.passes.fuse.attention_folds import unfolded
 from graphopt.passes.fuse.attention_operands import (
@@ -113,7 +113,7 @@ def proven(
 def hand_written(graph: Graph, softmax: fx.Node) -> AttentionSite | Reject:
     """The attention around a softmax, or why it is none."""
     rank = len(shape_of(softmax))
-    if int(argument(softmax, "dim")) % rank != rank - 1:
+    if axis_of(argument(softmax, "dim"), rank) != rank - 1:
         text = "the softmax is not over the last axis"
         return Reject("softmax-axis", text, softmax, "put the keys on the last axis")
     down = walk_down(graph, softmax)
