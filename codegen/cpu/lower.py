@@ -18,7 +18,8 @@ from graphopt.codegen.cpu.abi import Op, Sym
 from graphopt.codegen.cpu.dtypes import FLOATS, NATIVE_DTYPES
 from graphopt.codegen.cpu.plan import HostStep, NativeStep, Plan, PlanBuilder
 from graphopt.codegen.cpu.views import Extent, View, row_major
-from graphopt.errors import BackendError, GraphoptError
+from graphopt.codegen.reference import as_defined
+from graphopt.errors import BackendError
 from graphopt.ir.graph import Graph, op_name, where
 from graphopt.ops.registry import is_impure
 
@@ -268,13 +269,9 @@ def host_step(lowering: Lowering, node: fx.Node) -> None:
             return tensor(views[n]) if n in views else tensor(extents[n])
 
         assert callable(target)
-        try:
+        with as_defined(text):
             result = target(*fx.node.map_arg(args, value), **fx.node.map_arg(kwargs, value))
             tensor(out).copy_(result)
-        except (GraphoptError, IndexError):
-            raise
-        except Exception as error:
-            raise BackendError(f"{text} could not be run: {error}") from error
 
     views_used = (out, *views.values())
     step = HostStep(run, views_used, text, op_name(node), lowering.plan.value)
