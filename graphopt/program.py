@@ -53,7 +53,7 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 def _untraced(method: _Method) -> _Method:
     """What torch.compile calls as it is: a program is compiled already."""
-    return cast(_Method, torch.compiler.disable(method))
+    return cast(_Method, torch.compiler.disable(method))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,6 +47,7 @@ from graphopt.manifest import (
     write_manifest,
 )
 from graphopt.options import check_threads
+from graphopt.paths import as_path
 from graphopt.program import Program
 from graphopt.report import Report
 from graphopt.trace import read_trace
@@ -83,18 +84,12 @@ def save_program(program: Program, folder: str | Path) -> None:
     those that the umask gives. Raises ProgramFormatError for what is no path, a folder that holds
     something or cannot be written, and for weights of a kind that a program cannot store.
     """
-    path = _as_path(folder)
+    path = as_path(folder, ProgramFormatError)
     weights = _storable(program)
     try:
         _save(program, weights, path)
     except (OSError, SafetensorError) as error:
         raise ProgramFormatError(f"{path} could not be written: {error}") from error
-
-
-def _as_path(folder: Any) -> Path:
-    if not isinstance(folder, (str, Path)) or "\0" in str(folder) or not str(folder):
-        raise ProgramFormatError(f"{folder!r} is no folder; give its path as text or a Path")
-    return Path(folder)
 
 
 def _save(program: Program, weights: dict[str, Tensor], folder: Path) -> None:
@@ -187,7 +182,7 @@ def load_program(
     Raises ProgramFormatError when a file is missing, altered, unlisted or unreadable.
     """
     started = time.perf_counter()
-    path = _as_path(folder)
+    path = as_path(folder, ProgramFormatError)
     manifest = read_manifest(path)
     options = manifest.options
     if backend is not None:
@@ -218,7 +213,7 @@ def load_report(folder: str | Path) -> Report:
     Empty for a program that was saved before reports were. Raises ProgramFormatError as
     `load_program` does.
     """
-    path = _as_path(folder)
+    path = as_path(folder, ProgramFormatError)
     read_manifest(path)
     return _read_report(path)
 

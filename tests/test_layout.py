@@ -22,7 +22,7 @@ PARTS = {
     "graphopt.runtime": ROOT / "runtime",
     "graphopt.models": ROOT / "models",
 }
-MODULES = {"graphopt_pytest": ROOT / "graphopt_pytest.py"}
+MODULES = {name: ROOT / f"{name}.py" for name in ("graphopt_command", "graphopt_pytest")}
 # Who may import whom: a package sees itself and what is listed, with everything below it.
 BASE = {"graphopt.errors", "graphopt.config", "graphopt.report", "graphopt.plugins"}
 IR = {"graphopt.ir", "graphopt.ops", *BASE}

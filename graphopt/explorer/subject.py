@@ -10,6 +10,7 @@ from graphopt.dump import is_dump, read_dump, read_manifest
 from graphopt.errors import NoRecordError, UnsupportedError
 from graphopt.manifest import read_manifest as read_program_manifest
 from graphopt.models import BUILTINS, load
+from graphopt.paths import as_path
 from graphopt.program import Program
 from graphopt.report import Report
 from graphopt.storage import TRACE, is_program, load_report
@@ -39,7 +40,7 @@ def subject_of(given: Program | str | Path) -> Subject:
             "explore takes a Program, a folder or the name of a model, not a "
             f"{type(given).__name__}"
         )
-    elif is_dump(Path(given)):
+    elif is_dump(as_path(given, UnsupportedError)):
         found = Subject(str(read_manifest(Path(given)).get("name", given)), *read_dump(given))
         changed = [record for record in found.report.passes if record.has_changes]
         if found.trace.steps and len(found.trace.steps) < 1 + len(changed):

@@ -118,7 +118,7 @@ def check_text(text: str) -> None:
     if print_graph(graph.copy()) != printed:
         raise WrongError("a copy prints something else")
     refused = [_refusal(g) for g in (graph, again)]
-    if refused[0] != refused[1]:
+    if bool(refused[0]) != bool(refused[1]):
         raise WrongError(f"the verifier says {refused[0]!r}, then {refused[1]!r}\n{printed}")
     if refused[0]:
         raise VerifyError(refused[0])
