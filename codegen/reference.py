@@ -46,11 +46,13 @@ def runnable(graph: Graph) -> fx.GraphModule:
 
 
 @contextmanager
-def _failures_told(name: str) -> Iterator[None]:
-    """Within, what torch raises becomes a BackendError; ids outside a table stay IndexErrors, which
-    the caller can tell better."""
+def as_defined(name: str) -> Iterator[None]:
+    """Within, ops compute what they say, whatever torch.autocast the caller is in, and what torch
+    raises becomes a BackendError; ids outside a table stay IndexErrors, which the caller can tell
+    better."""
     try:
-        yield
+        with torch.autocast("cpu", enabled=False), torch.no_grad():
+            yield
     except (GraphoptError, IndexError):
         raise
     except Exception as error:
@@ -99,7 +101,9 @@ def make_cache(
         raise refusal
     try:
         tensors = tuple(
-            torch.zeros((num_blocks, block_size, heads, width), dtype=kv_dtype or dtype)
+            torch.zeros(
+                (num_blocks, block_size, heads, width), dtype=kv_dtype or dtype, device="cpu"
+            )
             for heads, width, dtype in cache_shapes(graph)
         )
     except RuntimeError as error:
@@ -135,7 +139,7 @@ class ReferenceForward:
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run it. Raises BackendError for what an op refuses as it runs."""
-        with _failures_told(self.name), torch.no_grad():
+        with as_defined(self.name):
             outputs: tuple[Tensor, ...] = self.module(*inputs)
         return outputs
 
@@ -168,7 +172,7 @@ class ReferenceServing:
         """One step."""
         if not isinstance(cache, TensorCache):
             raise BackendError("this cache was made by another executable")
-        with _failures_told(self.graph.name), torch.no_grad():
+        with as_defined(self.graph.name):
             (logits,) = self.module(*(step[declared.name] for declared in STEP), *cache.tensors)
         assert isinstance(logits, Tensor)
         return logits

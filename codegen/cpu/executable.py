@@ -66,7 +66,7 @@ class CpuServing:
         self._logits_dtype: torch.dtype = logits.meta["val"].dtype
         self._library, self._threads = library, threads
         self._lock = threading.Lock()
-        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._arena = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._bases = (ctypes.c_void_p * (len(plan.externals) + 1))()
         self._syms = (ctypes.c_int64 * Sym.SYM_COUNT)(1)
         self._base_of = {name: base for base, name in enumerate(plan.externals, start=1)}
@@ -153,8 +153,10 @@ class CpuServing:
         try:
             needed = self.plan.arena_fixed + self.plan.arena_per_token * rows + 64
             if self._arena.numel() < needed:
-                self._arena = torch.empty(needed, dtype=torch.uint8)
-            logits = torch.empty((logit_rows.shape[0], self.vocab_size), dtype=self._logits_dtype)
+                self._arena = torch.empty(needed, dtype=torch.uint8, device="cpu")
+            logits = torch.empty(
+                (logit_rows.shape[0], self.vocab_size), dtype=self._logits_dtype, device="cpu"
+            )
         except RuntimeError as error:
             raise no_memory(rows) from error
         bases, syms = self._bases, self._syms

@@ -19,7 +19,8 @@ from graphopt.codegen.cpu.dtypes import FLOATS, NATIVE_DTYPES
 from graphopt.codegen.cpu.plan import Plan, PlanBuilder
 from graphopt.codegen.cpu.plan_steps import HostStep, NativeStep
 from graphopt.codegen.cpu.views import Extent, View, row_major, total
-from graphopt.errors import BackendError, GraphoptError
+from graphopt.codegen.reference import as_defined
+from graphopt.errors import BackendError
 from graphopt.ir.graph import Graph, op_name, where
 from graphopt.ir.opset import is_impure
 from graphopt.ir.step import BLOCK_COLUMNS, LOGIT_ROWS, REQUESTS, ROWS, STEP
@@ -96,7 +97,7 @@ class Lowering:
             if apply is None or not apply(self, node):
                 self._host(node)
         # A rule reads numbers and shapes off a graph that may come from a file.
-        except (TypeError, ValueError, LookupError, AttributeError) as error:
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
             raise BackendError(f"{where(node)} cannot be lowered: {error}") from error
 
     def _result(self, node: fx.Node) -> None:
@@ -287,13 +288,9 @@ def host_step(lowering: Lowering, node: fx.Node) -> None:
             return tensor(views[n]) if n in views else tensor(extents[n])
 
         assert callable(target)
-        try:
+        with as_defined(text):
             result = target(*fx.node.map_arg(args, value), **fx.node.map_arg(kwargs, value))
             tensor(out).copy_(result)
-        except (GraphoptError, IndexError):
-            raise
-        except Exception as error:
-            raise BackendError(f"{text} could not be run: {error}") from error
 
     views_used = (out, *views.values())
     step = HostStep(run, views_used, text, op_name(node), lowering.plan.value)

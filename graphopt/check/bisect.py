@@ -25,6 +25,7 @@ from graphopt.capture.arguments import Example
 from graphopt.capture.capture import Dynamic
 from graphopt.check.oracle import fitting, outputs_of, random_inputs, relative_error
 from graphopt.errors import PassError, UnsupportedError
+from graphopt.files.paths import as_path, whole_folder
 from graphopt.ir.graph import Graph, namespaces_of
 from graphopt.ir.text.printer import print_graph
 from graphopt.models import load
@@ -82,11 +83,15 @@ class Bisection:
 
     def save(self, folder: str | Path) -> None:
         """Write a reproducer that runs alone: graph text before and after, weights, inputs, and
-        `reproduce.py`. The folder must be new or empty; raises UnsupportedError otherwise."""
-        path = Path(folder)
+        `reproduce.py`. Raises UnsupportedError for a folder that is neither new nor empty, or that
+        cannot be written: then nothing is left."""
+        path = as_path(folder, UnsupportedError)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UnsupportedError(f"{path} exists and is not an empty folder")
-        path.mkdir(parents=True, exist_ok=True)
+        with whole_folder(path, lambda error: UnsupportedError(f"{path} not written: {error}")):
+            self._write(path)
+
+    def _write(self, path: Path) -> None:
         (path / "before.gir").write_text(print_graph(self.before))
         weights = {**self.before.weights}
         if self.after is not None:

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from graphopt.errors import RequestError
 from graphopt.ir.graph import Graph, argument, dtype_of, is_call, shape_of
 from graphopt.ir.limits import Limit, highest
+from graphopt.ir.plain_tensor import why_not_plain
 from graphopt.ops import embedding_wq
 
 aten = torch.ops.aten
@@ -36,6 +37,11 @@ _MOVERS = (
     aten.unsqueeze.default,
     aten.view.default,
 )
+_TRACERS = {
+    torch._C._TorchDispatchModeKey.FAKE: "FakeTensorMode",
+    torch._C._TorchDispatchModeKey.PROXY: "make_fx",
+    torch._C._TorchDispatchModeKey.FUNCTIONAL: "functionalisation",
+}
 _COUNTERS = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 _TABLES: dict[object, tuple[str, str]] = {
     aten.embedding.default: ("weight", "indices"),
@@ -97,12 +103,18 @@ def check_inputs(
 ) -> None:
     """Raise RequestError naming the first input that does not have its type, or the first limit
     that the sizes do not keep."""
+    for key, name in _TRACERS.items():
+        if torch._C._get_dispatch_mode(key) is not None:
+            raise RequestError(f"a program computes values, and {name} traces without them")
     bound: dict[str, tuple[int, str, int]] = {}
     for kind, value in zip(types, values, strict=True):
         if not isinstance(value, Tensor):
             raise RequestError(
                 f"input {kind.name!r} must be a tensor, {kind}, got {type(value).__name__}"
             )
+        reason = why_not_plain(value)
+        if reason is not None:
+            raise RequestError(f"input {kind.name!r} {reason}")
         found = f"{_short(value.dtype)} {list(value.shape)}"
         if value.dtype != kind.dtype or value.ndim != len(kind.sizes) or value.numel() == 0:
             raise RequestError(f"input {kind.name!r} must be a non-empty {kind}, got {found}")
@@ -126,7 +138,12 @@ def check_inputs(
                         f"{kind.name!r} axis {axis}; they must be equal"
                     )
         if kind.rows is not None:
-            low, high = int(value.min()), int(value.max())
+            try:
+                low, high = int(value.min()), int(value.max())
+            # There is no memory for a tensor that many views of one number make huge.
+            except RuntimeError as error:
+                told = f"input {kind.name!r}, {found}, cannot be read: {error}"
+                raise RequestError(told) from error
             if low < 0 or high >= kind.rows:
                 raise RequestError(
                     f"input {kind.name!r} holds ids {low}..{high}; they must be "

@@ -6,6 +6,7 @@ once, each with fresh cache blocks, so that both forms answer the same question:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,21 +38,23 @@ def whole_prompt_logits(
         raise RequestError(f"{length} tokens, the program takes {executable.max_context}")
     blocks = -(-length // BLOCK_SIZE)
     cache = executable.new_cache(batch * blocks, BLOCK_SIZE)
-    tables = torch.arange(batch * blocks).view(batch, blocks)
-    positions = torch.arange(length)
+    # Where the caller's default device is another, the program stays where it runs.
+    count = functools.partial(torch.arange, device="cpu")
+    tables = count(batch * blocks).view(batch, blocks)
+    positions = count(length)
     slots = tables[:, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
     is_flat = len(returned) == 2
     is_last = is_flat or (len(returned) == 3 and isinstance(returned[1], int) and returned[1] == 1)
-    last = torch.arange(1, batch + 1) * length - 1
+    last = count(1, batch + 1) * length - 1
     logits = executable(
         cache,
         tokens=ids_BS.reshape(-1).contiguous(),
         positions=positions.repeat(batch),
         slots=slots.reshape(-1).contiguous(),
-        query_start=torch.arange(batch + 1) * length,
-        kv_lens=torch.full((batch,), length),
+        query_start=count(batch + 1) * length,
+        kv_lens=torch.full((batch,), length, device="cpu"),
         block_tables=tables.contiguous(),
-        logit_rows=last if is_last else torch.arange(batch * length),
+        logit_rows=last if is_last else count(batch * length),
     )
     if is_flat:
         return logits

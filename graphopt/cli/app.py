@@ -18,6 +18,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from graphopt.cli.entry import interrupts_end
 from graphopt.errors import GraphoptError
 
 COMMANDS = {
@@ -55,7 +56,8 @@ class Commands(TyperGroup):
         listed = super().get_command(ctx, cmd_name)
         if listed is None or self._is_listing:
             return listed
-        module = importlib.import_module(f"graphopt.cli.{cmd_name}")
+        with interrupts_end():
+            module = importlib.import_module(f"graphopt.cli.{cmd_name}")
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         single.command(cmd_name)(module.command)
         return typer.main.get_command(single)

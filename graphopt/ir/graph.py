@@ -178,6 +178,11 @@ def shape_of(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
     return tuple(node.meta["val"].shape)
 
 
+def axis_of(dim: Any, rank: int) -> int:
+    """Axis `dim` counted from the first; torch takes 0 and -1 for the axis of what has none."""
+    return int(dim) % rank if rank else 0
+
+
 def dtype_of(node: fx.Node) -> torch.dtype:
     """Dtype of a tensor node."""
     dtype = node.meta["val"].dtype

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import inspect
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -41,6 +41,14 @@ KV_DTYPES = {
 
 _WHOLE = "call the program itself, which computes whole sequences"
 """What works where nothing in the model can be changed to give it a KV cache."""
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _untraced(method: _Method) -> _Method:
+    """What torch.compile calls as it is: a program is compiled already."""
+    return cast(_Method, torch.compiler.disable(method))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +130,7 @@ class Program:
             f"{place}{layer} [{self.refusal.code}]; {self.refusal.mend or _WHOLE}"
         )
 
+    @_untraced
     def __call__(self, *inputs: Tensor, **named: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Logits `[B, S, V]` for ids `[B, S]`, or what the model's forward returns (the last row,
         say).

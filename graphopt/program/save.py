@@ -35,6 +35,7 @@ from torch import Tensor
 from graphopt.codegen.registry import select
 from graphopt.errors import ProgramFormatError, VerifyError
 from graphopt.files.json_file import parse_json, read_object
+from graphopt.files.paths import as_path
 from graphopt.files.regular_file import check_regular
 from graphopt.ir.graph import Graph
 from graphopt.ir.text.parser import parse_graph
@@ -85,18 +86,12 @@ def save_program(program: Program, folder: str | Path) -> None:
     those that the umask gives. Raises ProgramFormatError for what is no path, a folder that holds
     something or cannot be written, and for weights of a kind that a program cannot store.
     """
-    path = _as_path(folder)
+    path = as_path(folder, ProgramFormatError)
     weights = _storable(program)
     try:
         _save(program, weights, path)
     except (OSError, SafetensorError) as error:
         raise ProgramFormatError(f"{path} could not be written: {error}") from error
-
-
-def _as_path(folder: Any) -> Path:
-    if not isinstance(folder, (str, Path)) or "\0" in str(folder) or not str(folder):
-        raise ProgramFormatError(f"{folder!r} is no folder; give its path as text or a Path")
-    return Path(folder)
 
 
 def _save(program: Program, weights: dict[str, Tensor], folder: Path) -> None:
@@ -189,7 +184,7 @@ def load_program(
     Raises ProgramFormatError when a file is missing, altered, unlisted or unreadable.
     """
     started = time.perf_counter()
-    path = _as_path(folder)
+    path = as_path(folder, ProgramFormatError)
     manifest = read_manifest(path)
     options = manifest.options
     if backend is not None:
@@ -220,7 +215,7 @@ def load_report(folder: str | Path) -> Report:
     Empty for a program that was saved before reports were. Raises ProgramFormatError as
     `load_program` does.
     """
-    path = _as_path(folder)
+    path = as_path(folder, ProgramFormatError)
     read_manifest(path)
     return _read_report(path)
 

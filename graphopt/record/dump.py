@@ -39,6 +39,7 @@ from graphopt.errors import (
     UnsupportedError,
 )
 from graphopt.files.json_file import MOST_BYTES, parse_json, read_object
+from graphopt.files.paths import Written, as_path
 from graphopt.files.regular_file import check_regular
 from graphopt.ir.graph import Graph
 from graphopt.ir.text.printer import print_graph
@@ -73,9 +74,7 @@ class Dump:
 
     def __post_init__(self) -> None:
         """Paths may be given as text. Raises UnsupportedError for anything else than described."""
-        if not isinstance(self.folder, (str, Path)) or not str(self.folder):
-            raise UnsupportedError(f"Dump(folder={self.folder!r}) is no folder")
-        object.__setattr__(self, "folder", Path(self.folder))
+        object.__setattr__(self, "folder", as_path(self.folder, UnsupportedError))
         for option in ("passes", "layers", "ops"):
             given = getattr(self, option)
             is_list = isinstance(given, (tuple, list)) and all(isinstance(x, str) for x in given)
@@ -105,10 +104,13 @@ def as_dump(value: Any, passes: Iterable[str]) -> Dump | None:
     PassError for a filter that names no pass of the run."""
     if value is None:
         return None
-    if isinstance(value, (str, Path)) and str(value):
-        return Dump(Path(value))
     if not isinstance(value, Dump):
-        raise UnsupportedError(f"dump={value!r} is not supported; supported: a folder, a Dump")
+        try:
+            return Dump(value)
+        except UnsupportedError:
+            raise UnsupportedError(
+                f"dump={value!r} is not supported; supported: a folder, a Dump"
+            ) from None
     known = [CAPTURE, *passes]
     for name in value.passes:
         if name not in known:
@@ -123,6 +125,8 @@ class DumpWriter:
     def __init__(self, dump: Dump) -> None:
         self.dump = dump
         self._written: dict[str, str] = {}
+        self._files = Written(dump.folder)
+        self._is_broken = False
         self._graphs: dict[int, str] = {}
         try:
             self._earlier = self._find_earlier()
@@ -152,7 +156,7 @@ class DumpWriter:
                 what = "was changed since it was dumped" if inside in listed else "is in the way"
                 raise UnsupportedError(f"{path} {what}; move it, or dump into another folder")
             earlier.append(path)
-        folder.mkdir(parents=True, exist_ok=True)
+        self._files.make(folder)
         return earlier
 
     def step(self, step: TraceStep, previous: TraceStep | None) -> None:
@@ -205,8 +209,7 @@ class DumpWriter:
             "failure": failure,
             "files": self._written,
         }
-        text = json.dumps(manifest, indent=1)
-        (self.dump.folder / MANIFEST).write_text(text, encoding="utf-8")
+        self._write_file(MANIFEST, json.dumps(manifest, indent=1).encode())
 
     def _unmatched(self, trace: Trace) -> list[str]:
         """A note for each filter of lines that matches none of the graphs that were written."""
@@ -233,8 +236,10 @@ class DumpWriter:
     ) -> None:
         """Write what there is: the graph as the failing pass left it, and the rest of the dump.
 
-        running: name of the pass, "" when it was none.
+        running: name of the pass, "" when it was none. Nothing where it was the dump that failed.
         """
+        if self._is_broken:
+            return
         if running:
             # A broken graph may be too broken to print.
             with contextlib.suppress(GraphoptError, KeyError, AttributeError):
@@ -252,10 +257,19 @@ class DumpWriter:
         for path in self._earlier:
             path.unlink(missing_ok=True)
         self._earlier.clear()
-        path = self.dump.folder / file
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(data)
+        self._write_file(file, data)
         self._written[file] = _sha256(data)
+
+    def _write_file(self, file: str, data: bytes) -> None:
+        try:
+            self._files.write(file, data)
+        except OSError as error:
+            self._is_broken = True
+            self._files.undo()
+            raise UnsupportedError(
+                f"dump={str(self.dump.folder)!r} could not be written, and nothing of it is left: "
+                f"{error}"
+            ) from error
 
 
 def write_dump(
@@ -363,7 +377,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def read_dump(folder: str | Path) -> tuple[Trace, Report]:
     """What a dump holds, for the explorer and `explain`. Raises ProgramFormatError."""
-    path = Path(folder)
+    path = as_path(folder, ProgramFormatError)
     if not is_dump(path):
         raise ProgramFormatError(f"{path} is no dump: it has no {MANIFEST} of one")
     manifest = read_manifest(path)

@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ from graphopt.errors import (
     ProgramFormatError,
     UnsupportedError,
 )
+from graphopt.files.paths import as_path
 from graphopt.ir.graph import Graph, namespaces_of
 from graphopt.ir.text.printer import canonical_text
 from graphopt.ir.verify import verify
@@ -108,7 +110,8 @@ class GoldenGraph:
         test: str = "this test",
         uses: dict[str, Use] | None = None,
     ) -> None:
-        self.folder, self._accept, self._how, self._test = folder, accept, how, test
+        self.folder = as_path(folder, GoldenError)
+        self._accept, self._how, self._test = accept, how, test
         self._uses = {} if uses is None else uses
 
     def __call__(
@@ -176,7 +179,7 @@ class GoldenGraph:
         return after
 
     def _path(self, name: str) -> Path:
-        if not _NAME.fullmatch(name):
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise GoldenError(f"{name!r} is no name: use letters, digits, '_', '-' and '.'")
         return self.folder / f"{name}.gir"
 
@@ -307,11 +310,15 @@ def _kind(pass_name: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """All or nothing: another process may be reading or writing the same file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """All or nothing: another process may be reading or writing the same file. Raises GoldenError
+    when it cannot be written."""
     scratch = path.with_name(f".{path.name}-{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         scratch.write_text(text, encoding="utf-8")
         scratch.replace(path)
+    except OSError as error:
+        raise GoldenError(f"{shown(path)} could not be written: {error}") from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from torch import fx
 from torch.fx.node import Argument
 
 from graphopt.ir.builder import GraphBuilder
-from graphopt.ir.graph import argument, is_call, shape_of
+from graphopt.ir.graph import argument, axis_of, is_call, shape_of
 
 aten = torch.ops.aten
 CASTS = (
@@ -48,7 +48,7 @@ def is_last_axis(node: fx.Node, axes: object) -> bool:
     listed = axes if isinstance(axes, (list, tuple)) else [axes]
     return (
         rank > 0
-        and [a % rank for a in listed if isinstance(a, int)] == [rank - 1]
+        and [axis_of(a, rank) for a in listed if isinstance(a, int)] == [rank - 1]
         and len(listed) == 1
     )
 

@@ -93,7 +93,7 @@ class Texts:
     def run(self, numbers: random.Random, folder: Path) -> int:
         (text,) = numbers.choices(self._seeds, self._weights)
         for _ in range(numbers.choice((1, 1, 1, 2, 4))):
-            text = numbers.choice(_MUTATIONS)(text, numbers, self._lines)
+            text = numbers.choice(MUTATIONS)(text, numbers, self._lines)
         (folder / "graph.gir").write_text(text, encoding="utf-8", errors="surrogatepass")
         check_text(text)
         return 1
@@ -118,7 +118,7 @@ def check_text(text: str) -> None:
     if print_graph(graph.copy()) != printed:
         raise WrongError("a copy prints something else")
     refused = [_refusal(g) for g in (graph, again)]
-    if refused[0] != refused[1]:
+    if bool(refused[0]) != bool(refused[1]):
         raise WrongError(f"the verifier says {refused[0]!r}, then {refused[1]!r}\n{printed}")
     if refused[0]:
         raise VerifyError(refused[0])
@@ -214,7 +214,7 @@ def _number(lines: list[str], numbers: random.Random, others: list[str]) -> None
         lines[at] = lines[at][: match.start()] + new + lines[at][match.end() :]
 
 
-_MUTATIONS: tuple[Mutation, ...] = tuple(
+MUTATIONS: tuple[Mutation, ...] = tuple(
     _on_lines(change)
     for change in (_token, _token, _token, _number, _number, _drop, _double, _swap, _foreign, _cut,
                    _blow_up)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 
 from graphopt.errors import UnsupportedError
+from graphopt.files.paths import as_path
 from graphopt.inspect.explorer.data import page_data
 from graphopt.inspect.explorer.page import MARKER, render
 from graphopt.inspect.explorer.subject import subject_of
@@ -34,16 +37,21 @@ def explore(
     that is no explorer page, and a folder that is neither a program nor a dump nor a model;
     NoRecordError for a program that was saved without its trace.
     """
-    path = Path(out)
+    path = as_path(out, UnsupportedError, "file")
     for name, size in (("batch", batch), ("sequence", sequence)):
         if not is_count(size) or not 1 <= size <= _MOST:
             raise UnsupportedError(f"{name}={size!r} is not supported; give 1 to {_MOST}")
     _check_out(path, force)
     text = render(page_data(subject_of(subject), batch, sequence))
+    scratch = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        path.write_text(text, encoding="utf-8")
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(path)
     except OSError as error:
         raise UnsupportedError(f"{path} cannot be written: {error}") from None
+    finally:
+        with suppress(OSError):
+            scratch.unlink(missing_ok=True)
     return path
 
 
@@ -52,9 +60,15 @@ def _check_out(path: Path, force: bool) -> None:
         raise UnsupportedError(f"{path} cannot be written: there is no folder {path.parent}")
     if path.is_dir():
         raise UnsupportedError(f"{path} is a folder; give a file, such as {path / 'explore.html'}")
-    if path.exists() and not force:
+    if path.exists() and not force and not _is_page(path):
+        raise UnsupportedError(
+            f"{path} exists and is no explorer page; force replaces it (--force)"
+        )
+
+
+def _is_page(path: Path) -> bool:
+    try:
         with path.open(encoding="utf-8", errors="replace") as file:
-            if MARKER not in file.read(200):
-                raise UnsupportedError(
-                    f"{path} exists and is no explorer page; force replaces it (--force)"
-                )
+            return MARKER in file.read(200)
+    except OSError as error:
+        raise UnsupportedError(f"{path} cannot be read: {error}") from error

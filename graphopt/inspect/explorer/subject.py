@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from graphopt.errors import NoRecordError, UnsupportedError
+from graphopt.files.paths import as_path
 from graphopt.models import BUILTINS, load
 from graphopt.program.compile import compile
 from graphopt.program.manifest import read_manifest as read_program_manifest
@@ -43,7 +44,7 @@ def subject_of(given: Program | str | Path) -> Subject:
             "explore takes a Program, a folder or the name of a model, not a "
             f"{type(given).__name__}"
         )
-    elif is_dump(Path(given)):
+    elif is_dump(as_path(given, UnsupportedError)):
         found = _dumped(Path(given))
         changed = [record for record in found.report.passes if record.has_changes]
         if found.trace.steps and len(found.trace.steps) < 1 + len(changed):

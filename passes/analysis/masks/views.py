@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from graphopt.ir.graph import argument, dtype_of, is_call
+from graphopt.ir.graph import argument, axis_of, dtype_of, is_call
 from graphopt.passes.analysis.masks import algebra as ia
 from graphopt.passes.analysis.masks.algebra import Expr, Var
 from graphopt.passes.analysis.masks.arithmetic import float_leaf, overloads
@@ -94,14 +94,16 @@ def _repeat_each(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> 
     dim, times = argument(node, "dim"), argument(node, "repeats")
     if not isinstance(dim, int) or not isinstance(times, int) or times <= 0:
         return None
-    at = axis(dim % len(sizes))
+    at = axis(axis_of(dim, len(sizes)))
     return ia.substitute(values.of(node.args[0]).element, {at: ia.floor_divide(at, times)})
 
 
 def _flip(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
     assert isinstance(node.args[0], fx.Node)
     moves: dict[Var, Expr] = {}
-    for dim in (int(d) % len(sizes) for d in argument(node, "dims")):
+    if not sizes:
+        return values.of(node.args[0]).element
+    for dim in (axis_of(d, len(sizes)) for d in argument(node, "dims")):
         moves[axis(dim)] = ia.add(ia.add(sizes[dim], ia.integer(-1)), axis(dim), -1)
     return ia.substitute(values.of(node.args[0]).element, moves)
 
@@ -128,18 +130,20 @@ def _moved(values: MaskValues, node: fx.Node, order: Sequence[int]) -> Expr:
 
 
 def _permute(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
-    return _moved(values, node, [int(d) % len(sizes) for d in argument(node, "dims")])
+    return _moved(values, node, [axis_of(d, len(sizes)) for d in argument(node, "dims")])
 
 
 def _transpose(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
     rank = len(sizes)
+    if not rank:
+        return _moved(values, node, ())
     order = list(range(rank))
     dims = (
         (0, 1)
         if is_call(node, aten.t.default)
         else (argument(node, "dim0"), argument(node, "dim1"))
     )
-    a, b = (int(d) % rank for d in dims)
+    a, b = (axis_of(d, rank) for d in dims)
     order[a], order[b] = b, a
     return _moved(values, node, order)
 
@@ -147,7 +151,7 @@ def _transpose(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Ex
 def _slice(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
     assert isinstance(node.args[0], fx.Node)
     grid = values.of(node.args[0])
-    dim, step = int(argument(node, "dim")) % len(sizes), argument(node, "step")
+    dim, step = axis_of(argument(node, "dim"), len(sizes)), argument(node, "step")
     begin = argument(node, "start")
     start = Grid((), ia.integer(0)) if begin is None else values.operand(begin)
     if start is None or not isinstance(step, int):
@@ -164,7 +168,7 @@ def _slice(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr |
 def _select(values: MaskValues, node: fx.Node, _: tuple[Expr, ...]) -> Expr | None:
     assert isinstance(node.args[0], fx.Node)
     grid = values.of(node.args[0])
-    dim = int(argument(node, "dim")) % len(grid.sizes)
+    dim = axis_of(argument(node, "dim"), len(grid.sizes))
     index = values.operand(argument(node, "index"))
     if index is None:
         return None
@@ -177,7 +181,9 @@ def _select(values: MaskValues, node: fx.Node, _: tuple[Expr, ...]) -> Expr | No
 
 def _index_select(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
     assert isinstance(node.args[0], fx.Node)
-    dim = int(argument(node, "dim")) % len(sizes)
+    if not sizes:
+        return None
+    dim = axis_of(argument(node, "dim"), len(sizes))
     # A negative index is an error there, so none needs to be ruled out here.
     at = values.element(argument(node, "index"), (sizes[dim],))
     if at is None or ia.kind_of(at) != "int":
@@ -215,7 +221,7 @@ def _index(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr |
 
 def _concatenate(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
     parts = [values.of(part) for part in argument(node, "tensors")]
-    dim = int(argument(node, "dim")) % len(sizes)
+    dim = axis_of(argument(node, "dim"), len(sizes))
     position = axis(dim)
     offset: Expr = ia.integer(0)
     pieces: list[tuple[Expr, Expr]] = []
@@ -235,7 +241,7 @@ def _concatenate(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> 
 def _difference(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) -> Expr | None:
     """torch.diff once, with something put before."""
     assert isinstance(node.args[0], fx.Node)
-    x, dim = values.of(node.args[0]).element, int(argument(node, "dim")) % len(sizes)
+    x, dim = values.of(node.args[0]).element, axis_of(argument(node, "dim"), len(sizes))
     before = argument(node, "prepend")
     if argument(node, "n") != 1 or argument(node, "append") is not None:
         return None
@@ -261,8 +267,8 @@ def _cumulative_sum(values: MaskValues, node: fx.Node, sizes: tuple[Expr, ...]) 
     if isinstance(element, ia.Num) and not float(element.value).is_integer():
         return None
     x = as_kind(values, element, "int", torch.int64)
-    dim = int(argument(node, "dim")) % len(sizes)
-    if not isinstance(x, ia.Num):
+    dim = axis_of(argument(node, "dim"), len(sizes))
+    if not isinstance(x, ia.Num) or not sizes:
         return None
     total = ia.times(ia.add(axis(dim), ia.integer(1)), int(x.value))
     return as_kind(values, total, kind(dtype_of(node)), dtype_of(node))

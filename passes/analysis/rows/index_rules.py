@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from graphopt.ir.graph import argument, tensor_inputs
+from graphopt.ir.graph import argument, axis_of, tensor_inputs
 from graphopt.ops import embedding_wq
 from graphopt.passes.analysis.rows.layout import (
     Axis,
@@ -79,7 +79,7 @@ def _gather(rows: Rows, node: fx.Node) -> Axis:
     its own place: those axes must not number token rows, unless both number the same ones."""
     table, index = argument(node, "self"), argument(node, "index")
     axis = rows.of(index)
-    dim = int(argument(node, "dim")) % rank(node)
+    dim = axis_of(argument(node, "dim"), rank(node))
     refuse_along(rows, node, table, [dim], "looks values up along")
     if rows.of(table) is not None:
         _refuse_other_places(rows, node, table, index)
@@ -111,7 +111,7 @@ def _scatter(rows: Rows, node: fx.Node) -> Axis:
 def _put_slice(rows: Rows, node: fx.Node) -> Axis:
     """slice_scatter and select_scatter: a part of one axis is written, nothing is broadcast."""
     table, source = argument(node, "self"), argument(node, "src")
-    dim = int(argument(node, "dim")) % rank(table)
+    dim = axis_of(argument(node, "dim"), rank(table))
     refuse_along(rows, node, table, [dim], "writes a part of")
     axis = rows.of(table)
     if node.target is aten.select_scatter.default and axis is not None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.ir.graph import argument, is_call
+from graphopt.ir.graph import argument, axis_of, is_call
 from graphopt.passes.analysis.rows.layout import Rows, mixed, sizes, unknown
 
 aten = torch.ops.aten
@@ -36,7 +36,7 @@ def picks_last_row(rows: Rows, node: fx.Node, weights: Mapping[str, Tensor]) -> 
         return len(used) == 1 and used[0][0] == axis and _is_minus_one(used[0][1], weights)
     if not is_call(node, aten.select.int, aten.slice.Tensor, aten.narrow.default):
         return False
-    if int(argument(node, "dim")) % rank != axis:
+    if axis_of(argument(node, "dim"), rank) != axis:
         return False
     first = argument(node, "index" if is_call(node, aten.select.int) else "start")
     if not is_call(node, aten.select.int):

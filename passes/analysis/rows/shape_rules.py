@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from graphopt.ir.graph import argument, tensor_inputs
+from graphopt.ir.graph import argument, axis_of, tensor_inputs
 from graphopt.passes.analysis.rows.layout import (
     Axis,
     Rows,
@@ -37,7 +37,9 @@ def _moved(rows: Rows, node: fx.Node) -> Axis:
 def _squeeze(rows: Rows, node: fx.Node) -> Axis:
     operand, dims = node.args[0], argument(node, "dim")
     before = sizes(operand)
-    listed = [int(d) % len(before) for d in (dims if isinstance(dims, (list, tuple)) else [dims])]
+    listed = [
+        axis_of(d, len(before)) for d in (dims if isinstance(dims, (list, tuple)) else [dims])
+    ]
     # A step may hold one row, and holds one batch item: there the axis would vanish.
     refuse_along(rows, node, operand, listed, "may drop")
     axis = rows.of(operand)
@@ -46,7 +48,7 @@ def _squeeze(rows: Rows, node: fx.Node) -> Axis:
 
 def _select(rows: Rows, node: fx.Node) -> Axis:
     operand = node.args[0]
-    dim = int(argument(node, "dim")) % rank(operand)
+    dim = axis_of(argument(node, "dim"), rank(operand))
     refuse_along(rows, node, operand, [dim], "picks one index of")
     axis = rows.of(operand)
     return None if axis is None else axis - (dim < axis)
@@ -54,7 +56,7 @@ def _select(rows: Rows, node: fx.Node) -> Axis:
 
 def _slice(rows: Rows, node: fx.Node) -> Axis:
     operand = node.args[0]
-    axis, dim = rows.of(operand), int(argument(node, "dim")) % rank(operand)
+    axis, dim = rows.of(operand), axis_of(argument(node, "dim"), rank(operand))
     length = sizes(node)[dim]
     if length == sizes(operand)[dim]:
         return axis
@@ -75,7 +77,7 @@ def _slice(rows: Rows, node: fx.Node) -> Axis:
 
 def _concatenate(rows: Rows, node: fx.Node) -> Axis:
     parts = argument(node, "tensors")
-    dim = int(argument(node, "dim")) % rank(node)
+    dim = axis_of(argument(node, "dim"), rank(node))
     is_stack = node.target is aten.stack.default
     if not is_stack:
         for part in parts:
@@ -89,7 +91,7 @@ def _concatenate(rows: Rows, node: fx.Node) -> Axis:
 
 def _split(rows: Rows, node: fx.Node) -> Axis:
     operand = node.args[0]
-    dim = int(argument(node, "dim")) % rank(operand)
+    dim = axis_of(argument(node, "dim"), rank(operand))
     refuse_along(rows, node, operand, [dim], "splits")
     axis = rows.of(operand)
     if axis is not None and node.target is aten.unbind.int:

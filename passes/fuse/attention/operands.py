@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir.builder import GraphBuilder
-from graphopt.ir.graph import Graph, argument, dtype_of, is_call, shape_of
+from graphopt.ir.graph import Graph, argument, axis_of, dtype_of, is_call, shape_of
 from graphopt.passes.fuse.walk import CASTS
 
 aten = torch.ops.aten
@@ -127,7 +127,7 @@ def transposed(operand: Operand) -> Operand:
         return replace(operand, steps=operand.steps[:-1])
     if not operand.steps and is_call(node, aten.transpose.int):
         rank = len(shape_of(node))
-        if {int(argument(node, d)) % rank for d in ("dim0", "dim1")} == {rank - 1, rank - 2}:
+        if {axis_of(argument(node, d), rank) for d in ("dim0", "dim1")} == {rank - 1, rank - 2}:
             return Operand(first(node))
     return operand.then(aten.transpose.int, -1, -2)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from graphopt.ir.graph import Graph, argument, dtype_of, is_call, op_name, shape_of
+from graphopt.ir.graph import Graph, argument, axis_of, dtype_of, is_call, op_name, shape_of
 from graphopt.passes.analysis.masks import algebra as ia
 from graphopt.passes.analysis.masks.values import MaskValues, axis, size_expr
 from graphopt.passes.base import Reject
@@ -80,7 +80,7 @@ def _no_values(user: fx.Node) -> Reject:
 def _drops_last(node: fx.Node) -> bool:
     """x[..., :-1]"""
     rank = len(shape_of(node))
-    if int(argument(node, "dim")) % rank != rank - 1 or argument(node, "start") not in (0, None):
+    if axis_of(argument(node, "dim"), rank) != rank - 1 or argument(node, "start") not in (0, None):
         return False
     whole, kept = size_expr(shape_of(first(node))[-1]), size_expr(shape_of(node)[-1])
     return ia.add(whole, kept, -1) == ia.integer(1)
@@ -101,7 +101,7 @@ def without_row_maximum(node: fx.Node) -> fx.Node:
         return node
     dims = argument(peak, "dim")
     rank = len(shape_of(x))
-    is_last = [d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])] == [
+    is_last = [axis_of(d, rank) for d in (dims if isinstance(dims, (list, tuple)) else [dims])] == [
         rank - 1
     ]
     return x if is_last and argument(peak, "keepdim") else node
@@ -113,7 +113,7 @@ def read_sinks(values: MaskValues, node: fx.Node) -> tuple[fx.Node, Operand] | N
         return None
     rank = len(shape_of(node))
     scores, sinks = argument(node, "tensors")
-    if int(argument(node, "dim")) % rank != rank - 1 or shape_of(sinks)[-1] != 1:
+    if axis_of(argument(node, "dim"), rank) != rank - 1 or shape_of(sinks)[-1] != 1:
         return None
     element = values.of(sinks).element
     if not isinstance(element, ia.Read):
