@@ -236,13 +236,12 @@ class CpuServing:
 
 def _check_shapes(step: tuple[Tensor, ...]) -> None:
     """The kernels read int64 numbers that lie side by side, as many as the others say."""
-    _, _, _, _, kv_lens, block_tables, logit_rows = step
-    rows, requests = step[0].shape[:1], kv_lens.shape[:1]
-    starts, columns = [*(n + 1 for n in requests)], block_tables.shape[1:2]
-    shapes = (rows, rows, rows, starts, requests, [*requests, *columns], logit_rows.shape[:1])
+    rows, requests = step[0].numel(), step[4].numel()
+    columns = step[5].shape[-1] if step[5].dim() else 0
+    wanted = (step[6].numel(),)
+    shapes = ((rows,), (rows,), (rows,), (requests + 1,), (requests,), (requests, columns), wanted)
     for declared, value, shape in zip(STEP, step, shapes, strict=True):
-        is_shaped = list(value.shape) == list(shape) and value.ndim == len(declared.axes)
-        if not is_shaped or value.dtype != torch.int64 or not value.is_contiguous():
+        if value.shape != shape or value.dtype != torch.int64 or not value.is_contiguous():
             raise BackendError(
                 f"step input {declared.name!r} is {value.dtype} {list(value.shape)}; it must be "
                 f"contiguous torch.int64 [{', '.join(declared.axes)}]"
