@@ -75,6 +75,7 @@ def test_the_wrong_layer_of_thirty_is_found(wrong_pass: type[Pass[Any]], tmp_pat
     assert len(changed) == 2
     assert "eps=0.5" in changed[1]
     assert found.site.name in str(found)
+    assert str(found).endswith(found.diff.rstrip())
 
     found.save(tmp_path / "case")
     command = [sys.executable, str(tmp_path / "case" / "reproduce.py")]

@@ -42,8 +42,8 @@ _COLUMNS = ("run", "equivalent", "killed", "survived", "discarded")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """state: one of _COLUMNS but the first. by: the test that failed, "time", or the reason why
-    the mutant is equivalent."""
+    """state: one of _COLUMNS but the first. by: the test that failed, "time", the signal of a
+    crash, or the reason why the mutant is equivalent."""
 
     area: str
     mutant: Mutant
@@ -188,8 +188,8 @@ def _tried(
         folder / "mutant.log",
         options.timeout + 4 * expected,
     )
-    if answer is None:
-        return "killed", "time", len(chosen)
+    if isinstance(answer, str):
+        return "killed", answer, len(chosen)
     if answer["status"] == pytest.ExitCode.OK:
         return "survived", f"{len(chosen)} of {len(nearest)} tests run", len(chosen)
     if answer["failed"]:

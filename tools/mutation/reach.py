@@ -57,8 +57,8 @@ def record(folder: Path, areas: Iterable[str], say: Callable[[str], None]) -> li
             say(f"recording {path}")
             log = kept.with_suffix(".log")
             data = sandbox.run(lambda p=path: _recorded(p, folder), log, _SECONDS_TO_RECORD)
-            if data is None:
-                raise SystemExit(f"{path} could not be recorded; its output: {log}")
+            if isinstance(data, str):
+                raise SystemExit(f"{path} could not be recorded ({data}); its output: {log}")
             data["digest"] = digest
             kept.write_text(json.dumps(data))
         keys, shared = data["keys"], [data["keys"][i] for i in data["shared"]]
