@@ -10,7 +10,7 @@ from torch import fx
 from graphopt.codegen.cpu.abi import Op, Sym
 from graphopt.codegen.cpu.dtypes import NATIVE_DTYPES
 from graphopt.codegen.cpu.lower import Lowering, Rule
-from graphopt.codegen.cpu.views import Extent
+from graphopt.codegen.cpu.views import Extent, row_major
 from graphopt.ir.graph import argument
 
 aten = torch.ops.aten
@@ -75,7 +75,9 @@ def slice_(lowering: Lowering, node: fx.Node) -> bool:
         return True
     if not isinstance(start, int):
         return False
-    begin = start if start >= 0 else start + source.extents[axis].mult
+    size = source.extents[axis].mult
+    # As torch does: what begins before the axis begins with it.
+    begin = min(start, size) if start >= 0 else max(start + size, 0)
     lowering.views[node] = source.narrowed(axis, begin, extent, int(argument(node, "step")))
     return True
 
@@ -171,6 +173,9 @@ def index_select(lowering: Lowering, node: fx.Node) -> bool:
     source, rows = lowering.view(node.args[0]), lowering.view(argument(node, "index"))
     axis = int(argument(node, "dim"))
     if source.extents[axis].sym is Sym.SYM_ONE or source.dtype not in NATIVE_DTYPES:
+        return False
+    # The kernel reads int64 numbers that lie side by side.
+    if rows.dtype != torch.int64 or rows.strides != row_major(rows.extents):
         return False
     flat = lowering.rows_by_width(source)
     if flat is None:

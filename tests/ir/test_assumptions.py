@@ -7,8 +7,8 @@ import torch
 
 from graphopt.errors import ProgramFormatError, RequestError
 from graphopt.ir.assumptions import KINDS, Assumption, check_assumptions
-from graphopt.ir.parser import first_difference, parse_graph
-from graphopt.ir.printer import canonical_text, print_graph
+from graphopt.ir.text.parser import first_difference, parse_graph
+from graphopt.ir.text.printer import canonical_text, print_graph
 
 TEXT = """gir 1
 graph "assuming" captured

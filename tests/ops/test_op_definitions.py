@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import ScoreRangeError
+from graphopt.ir.opset import load_all
 from graphopt.ops import attention, embedding_wq, kv_write, layer_norm, paged_attention, rms_norm
 from graphopt.ops import rope as rope_op
-from graphopt.ops.registry import load_all
 
 B, H, G, S, T, D, E = 2, 4, 2, 3, 5, 8, 6
 

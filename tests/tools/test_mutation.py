@@ -112,7 +112,10 @@ def test_every_area_has_sources_and_tests() -> None:
         assert sources.files(name)
         assert reach.test_files([name])
         assert all((ROOT / path).exists() for path in area.tests.split())
-    assert sources.module_name(Path("passes/masks/bits.py")) == "graphopt.passes.masks.bits"
+    assert (
+        sources.module_name(Path("passes/analysis/masks/bits.py"))
+        == "graphopt.passes.analysis.masks.bits"
+    )
     assert sources.module_name(Path("graphopt/ir/graph.py")) == "graphopt.ir.graph"
 
 

@@ -2,8 +2,8 @@
 
     python -m tools.mutation --seed 7 --count 100               the areas that rewrite and lower
     python -m tools.mutation --seed 7 --count 20 --area masks   one area (may be repeated)
-    python -m tools.mutation --only 'passes/masks/bits.py:*'    all of a file, or of one line
-    python -m tools.mutation --again build/mutation/result.json   what survived that run
+    python -m tools.mutation --only 'passes/analysis/masks/bits.py:*'   a file, or one line
+    python -m tools.mutation --again build/mutation/result.json         what survived that run
 
 A mutant is one small change of a source file (`operators.py`). The tests that execute the changed
 statement run against it, the nearest first, until one fails; the work tree is never changed. What

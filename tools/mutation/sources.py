@@ -23,17 +23,19 @@ class Area:
 
 
 AREAS = {
-    "masks": Area("passes/masks/*.py", "tests/passes/masks tests/passes/fuse"),
+    "masks": Area("passes/analysis/masks/*.py", "tests/passes/analysis/masks tests/passes/fuse"),
     "fuse": Area("passes/fuse/*.py", "tests/passes/fuse"),
     "ir": Area(
         "graphopt/ir/*.py",
-        "tests/ir tests/passes/cleanup tests/test_graph_diff.py tests/capture/test_bounds.py",
+        "tests/ir tests/passes/cleanup tests/record/test_diff.py tests/capture/test_bounds.py",
     ),
-    "ops": Area("graphopt/ops/*.py", "tests/ops tests/test_costs.py tests/passes/masks"),
+    "ops": Area(
+        "graphopt/ops/*.py", "tests/ops tests/cost/test_flops_bytes.py tests/passes/analysis/masks"
+    ),
     "storage": Area(
-        "graphopt/storage.py graphopt/bisection.py graphopt/numerics.py",
-        "tests/test_storage.py tests/test_bisection.py tests/test_numerics.py "
-        "tests/test_program.py",
+        "graphopt/program/save.py graphopt/check/bisect.py graphopt/check/numerics.py",
+        "tests/program/test_save.py tests/check/test_bisect.py tests/check/test_numerics.py "
+        "tests/program/test_program.py",
     ),
     "cpu": Area("codegen/cpu/*.py", "tests/codegen"),
     "cleanup": Area("passes/cleanup/*.py", "tests/passes/cleanup"),
@@ -52,7 +54,7 @@ def files(area: str) -> list[Path]:
 
 
 def module_name(path: Path) -> str:
-    """`passes/masks/bits.py` is imported as `graphopt.passes.masks.bits`."""
+    """`passes/analysis/masks/bits.py` is imported as `graphopt.passes.analysis.masks.bits`."""
     parts = path.with_suffix("").parts
     return ".".join(("graphopt", *parts) if parts[0] in _PARTS else parts)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from op_graph import OpGraph
-from run_graph import apply, run
+from helpers.op_graph import OpGraph
+from helpers.run_graph import apply, run
 from torch import Tensor
 
 from graphopt.passes.cleanup import canonicalize_views as views

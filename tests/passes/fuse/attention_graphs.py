@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from op_graph import OpGraph
-from run_graph import apply, assert_close, run
+from helpers.op_graph import OpGraph
+from helpers.run_graph import apply, assert_close, run
 from torch import fx
 
 from graphopt.ops import attention

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_graphs import B, D, H, S, Site, fused
-from run_graph import apply
+from helpers.run_graph import apply
 from torch import fx
 
-from graphopt.passes.fuse import attention_operands as operands
+from graphopt.passes.fuse.attention import operands as operands
 
 aten = torch.ops.aten
 

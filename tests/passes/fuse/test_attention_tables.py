@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from attention_graphs import B, D, H, S, Site, Step, fused
-from run_graph import apply, assert_close, run
+from helpers.run_graph import apply, assert_close, run
 from torch import Tensor, fx
 
 from graphopt.ops import attention
-from graphopt.passes.fuse import attention_operands as operands
-from graphopt.passes.fuse import softmax_lookalikes as lookalikes
+from graphopt.passes.fuse.attention import lookalikes as lookalikes
+from graphopt.passes.fuse.attention import operands as operands
 from graphopt.passes.fuse.fuse_attention import SOFTMAX
 from graphopt.passes.fuse.walk import CASTS
 

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from op_graph import OpGraph
-from run_graph import apply, assert_close, run
+from helpers.op_graph import OpGraph
+from helpers.run_graph import apply, assert_close, run
 from torch import fx
 
-from graphopt.passes.fuse import fuse_norm, gated_activation, norm_factor, rope_spelling, walk
+from graphopt.passes.fuse import fuse_norm, gated_activation, walk
+from graphopt.passes.fuse.norm import factor as norm_factor
+from graphopt.passes.fuse.rope import spelling as rope_spelling
 
 aten = torch.ops.aten
 Make = Callable[[OpGraph, fx.Node], fx.Node]
