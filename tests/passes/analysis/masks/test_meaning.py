@@ -15,7 +15,13 @@ from torch import Tensor, fx
 from graphopt.ops.attention import Masks
 from graphopt.passes.analysis.masks import algebra as ia
 from graphopt.passes.analysis.masks.algebra import Expr
-from graphopt.passes.analysis.masks.meaning import Hidden, MaskMeaning, Unproven, read_meaning, reader
+from graphopt.passes.analysis.masks.meaning import (
+    Hidden,
+    MaskMeaning,
+    Unproven,
+    read_meaning,
+    reader,
+)
 from graphopt.passes.analysis.masks.scores import SCORE
 from graphopt.passes.analysis.masks.values import axis
 
