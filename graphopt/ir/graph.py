@@ -109,7 +109,6 @@ class Graph:
         copied: dict[fx.Node, fx.Node] = {}
         for node in self.nodes:
             copied[node] = new_fx.node_copy(node, copied.__getitem__)
-            copied[node].meta = dict(node.meta)
         return Graph(
             self.name,
             graph_module(new_fx),

@@ -75,6 +75,7 @@ def test_the_wrong_layer_of_thirty_is_found(wrong_pass: type[Pass[Any]], tmp_pat
     assert len(changed) == 2
     assert "eps=0.5" in changed[1]
     assert found.site.name in str(found)
+    assert str(found).endswith(found.diff.rstrip())
 
     found.save(tmp_path / "case")
     command = [sys.executable, str(tmp_path / "case" / "reproduce.py")]
@@ -115,6 +116,8 @@ def test_a_pass_that_raises_is_found() -> None:
     assert found is not None
     assert found.site is not None
     assert (found.site.name, found.failure) == ("fuse_rope#2", "ValueError: three of them")
+    assert "it raised ValueError: three of them" in str(found)
+    assert "relative error" not in str(found)
 
 
 def test_the_command(tmp_path: Path) -> None:
@@ -256,3 +259,11 @@ def test_only_a_new_or_an_empty_folder_is_written(
     for folder in (tmp_path / "empty", tmp_path / "a" / "new"):
         found.save(folder)
         assert (folder / "weights.safetensors").is_file()
+
+
+def test_a_required_pass_is_bad_as_a_whole() -> None:
+    found = graphopt.bisect(tiny_llama(1), is_good=lambda graph: graph.dialect == "captured")
+    assert found is not None
+    assert (found.pass_name, found.site, found.failure) == ("insert_kv_cache", None, "")
+    assert found.after is not None
+    assert str(found).startswith("first bad rewrite: insert_kv_cache\n")

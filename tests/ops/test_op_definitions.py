@@ -293,3 +293,81 @@ def test_fakes_have_the_shape_and_dtype_of_results(name: str, dtype: torch.dtype
     assert (fake.shape, fake.dtype) == (found.shape, found.dtype)
     assert fake.is_contiguous()
     assert found.is_contiguous()
+
+
+F32 = 4
+COSTS: dict[str, tuple[tuple[Any, ...], dict[str, Any], float, float]] = {
+    # operands, attributes, operations, bytes
+    "swiglu": ((torch.ones(3, 8),) * 2, {}, 6 * 24, F32 * 3 * 24),
+    "geglu": ((torch.ones(3, 8),) * 2, {}, 10 * 24, F32 * 3 * 24),
+    "rms_norm": ((torch.ones(3, 8), torch.ones(8)), {"eps": 0.1}, 4 * 24, F32 * (48 + 8)),
+    "layer_norm": ((torch.ones(3, 8),) + (torch.ones(8),) * 2, {"eps": 0.1}, 7 * 24, F32 * 64),
+    "rope": (
+        (torch.ones(2, 4, 3, 8), torch.ones(1, 3, 8), torch.ones(1, 3, 8)),
+        {},
+        3 * 192,
+        F32 * (2 * 192 + 48),
+    ),
+    "kv_write": (
+        (
+            *(torch.ones(5, 2, 3, 8), torch.ones(5, 2, 3, 6)),
+            *(torch.ones(1, 3, 4, 8), torch.ones(1, 3, 4, 6), torch.zeros(4, dtype=torch.int64)),
+        ),
+        {},
+        0,
+        F32 * 2 * (96 + 72),
+    ),
+    # 4 heads, 3 queries, 5 keys, 8 + 6 columns; half of it when causal.
+    "attention": (
+        (torch.ones(2, 4, 3, 8), torch.ones(2, 2, 5, 8), torch.ones(2, 2, 5, 6)),
+        {"scale": 1.0},
+        2 * 2 * 4 * 15 * 14,
+        F32 * (192 + 160 + 120 + 144),
+    ),
+    "attention causal": (
+        (torch.ones(2, 4, 3, 8), torch.ones(2, 2, 5, 8), torch.ones(2, 2, 5, 6)),
+        {"scale": 1.0, "causal": True},
+        2 * 4 * 15 * 14,
+        F32 * (192 + 160 + 120 + 144),
+    ),
+    # 2 requests of up to 3 blocks of 2 keys, of 2 heads.
+    "paged_attention": (
+        (
+            *(torch.ones(1, 4, 7, 8), torch.ones(9, 2, 2, 8), torch.ones(9, 2, 2, 6)),
+            *(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3), torch.zeros(2)),
+        ),
+        {"scale": 1.0},
+        2 * 4 * 7 * 6 * 14,
+        F32 * (2 * 224 + 2 * 6 * 2 * 14),
+    ),
+    # 6 ids of 16 columns: 8 bytes of codes, 2 scales of 2 bytes.
+    "embedding_wq": (
+        (
+            torch.zeros(2, 3, dtype=torch.int64),
+            torch.zeros(5, 8, dtype=torch.uint8),
+            torch.ones(5, 2).half(),
+        ),
+        {"bits": 4, "group": 8, "offset": 8, "dtype": torch.float32},
+        2 * 6 * 16,
+        6 * (8 + 4 + 16 * F32),
+    ),
+    "linear_wq": (
+        (torch.ones(3, 16), torch.zeros(5, 8, dtype=torch.uint8), torch.ones(5, 2).half()),
+        {"bits": 4, "group": 8, "offset": 8, "activation": "float"},
+        2 * 3 * 16 * 5,
+        F32 * 48 + 40 + 20 + F32 * 15,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_costs(name: str) -> None:
+    args, named, flops, moved = COSTS[name]
+    spec = load_all()[f"graphopt.{name.split()[0]}"]
+    found = spec.cost(*args, **named)
+    assert (found.flops, found.bytes) == (flops, moved)
+
+
+def test_every_op_of_ours_has_a_cost_by_hand() -> None:
+    ours = {name.removeprefix("graphopt.") for name in load_all() if name.startswith("graphopt.")}
+    assert ours == {name.split()[0] for name in COSTS}

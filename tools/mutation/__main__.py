@@ -3,6 +3,7 @@
     python -m tools.mutation --seed 7 --count 100               the areas that rewrite and lower
     python -m tools.mutation --seed 7 --count 20 --area masks   one area (may be repeated)
     python -m tools.mutation --only 'passes/analysis/masks/bits.py:*'   a file, or one line
+    python -m tools.mutation --again build/mutation/result.json         what survived that run
 
 A mutant is one small change of a source file (`operators.py`). The tests that execute the changed
 statement run against it, the nearest first, until one fails; the work tree is never changed. What
@@ -41,8 +42,8 @@ _COLUMNS = ("run", "equivalent", "killed", "survived", "discarded")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """state: one of _COLUMNS but the first. by: the test that failed, "time", or the reason why
-    the mutant is equivalent."""
+    """state: one of _COLUMNS but the first. by: the test that failed, "time", the signal of a
+    crash, or the reason why the mutant is equivalent."""
 
     area: str
     mutant: Mutant
@@ -59,7 +60,10 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     cache = _private_cache(folder)
     os.environ |= {"OMP_NUM_THREADS": "1", "GRAPHOPT_CACHE": str(cache), "GRAPHOPT_OFFLINE": "1"}
-    drawn = _only(options.only) if options.only else _drawn(options)
+    if options.again:
+        drawn = _survivors(options.again)
+    else:
+        drawn = _only(options.only) if options.only else _drawn(options)
     if options.list:
         for area, mutant in drawn:
             _say(f"{area:8} {_described(mutant)}")
@@ -88,6 +92,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=100, help="mutants, spread over the areas")
     parser.add_argument("--area", action="append", choices=sources.AREAS, help="may be repeated")
     parser.add_argument("--only", action="append", help="'path:line' or 'path:*', may be repeated")
+    parser.add_argument("--again", type=Path, help="a result file: what survived is tried again")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds a mutant at least")
     parser.add_argument(
         "--budget", type=float, default=60.0, help="seconds of tests a mutant, the nearest first"
@@ -153,6 +158,17 @@ def _only(wanted: list[str]) -> list[tuple[str, Mutant]]:
     ]
 
 
+def _survivors(result: Path) -> list[tuple[str, Mutant]]:
+    """Those whose line is still there."""
+    wanted = [o for o in json.loads(result.read_text()) if o["state"] == "survived"]
+    found: list[tuple[str, Mutant]] = []
+    for old in wanted:
+        name = (old["mutant"]["line_text"], old["mutant"]["change"])
+        same = [m for m in _of(Path(old["mutant"]["path"])) if (m.line_text, m.change) == name]
+        found += [(old["area"], mutant) for mutant in same[:1]]
+    return found
+
+
 def _known() -> dict[tuple[str, str, str], str]:
     listed = tomllib.loads(EQUIVALENT.read_text()).get("mutant", [])
     return {(m["file"], m["line"], m["change"]): m["reason"] for m in listed}
@@ -172,8 +188,8 @@ def _tried(
         folder / "mutant.log",
         options.timeout + 4 * expected,
     )
-    if answer is None:
-        return "killed", "time", len(chosen)
+    if isinstance(answer, str):
+        return "killed", answer, len(chosen)
     if answer["status"] == pytest.ExitCode.OK:
         return "survived", f"{len(chosen)} of {len(nearest)} tests run", len(chosen)
     if answer["failed"]:

@@ -11,6 +11,7 @@ nearest first.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import json
 import os
@@ -56,9 +57,10 @@ def record(folder: Path, areas: Iterable[str], say: Callable[[str], None]) -> li
         if data.get("digest") != digest:
             say(f"recording {path}")
             log = kept.with_suffix(".log")
-            data = sandbox.run(lambda p=path: _recorded(p, folder), log, _SECONDS_TO_RECORD)
-            if data is None:
-                raise SystemExit(f"{path} could not be recorded; its output: {log}")
+            work = functools.partial(_recorded, path, folder)
+            data = sandbox.run(work, log, _SECONDS_TO_RECORD)
+            if isinstance(data, str):
+                raise SystemExit(f"{path} could not be recorded ({data}); its output: {log}")
             data["digest"] = digest
             kept.write_text(json.dumps(data))
         keys, shared = data["keys"], [data["keys"][i] for i in data["shared"]]
@@ -129,7 +131,7 @@ def _is_function(mutant: Mutant, source: str) -> bool:
 def nearness(path: str, test_file: str) -> float:
     """How much a test file is named like a source file."""
     own, others = Path(path), Path(test_file)
-    words = _words(own.stem)
+    words = _words(own.stem) | _words(own.parent.name)
     shared = len(words & _words(others.stem)) / len(words)
     folders = set(own.parts[:-1]) & set(others.parts[:-1])
     return 2 * shared + len(folders)

@@ -51,23 +51,29 @@ def warm_up() -> None:
 
 
 def run(work: Callable[[], Any], log: Path, seconds: float) -> Any:
-    """What `work` returns in a child of its own, as JSON; None when it ran out of time or died."""
+    """What `work` returns in a child of its own, as JSON; a text when there is none: "time", or
+    the signal that the child died of."""
     answer = log.with_suffix(".json")
     answer.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
         _child(work, log, answer)
     ends = time.monotonic() + seconds
-    while os.waitpid(child, os.WNOHANG)[0] == 0:
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
         if time.monotonic() > ends:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            return None
+            return "time"
         time.sleep(0.05)
     with contextlib.suppress(ProcessLookupError):
         # What it may have started itself.
         os.killpg(child, signal.SIGKILL)
-    return json.loads(answer.read_text()) if answer.exists() else None
+    if answer.exists():
+        return json.loads(answer.read_text())
+    return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "no answer"
 
 
 def _child(work: Callable[[], Any], log: Path, answer: Path) -> None:

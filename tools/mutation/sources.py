@@ -24,9 +24,9 @@ class Area:
 
 AREAS = {
     "masks": Area("passes/analysis/masks/*.py", "tests/passes/analysis/masks tests/passes/fuse"),
-    "fuse": Area("passes/fuse/*.py", "tests/passes/fuse"),
+    "fuse": Area("passes/fuse/**/*.py", "tests/passes/fuse"),
     "ir": Area(
-        "graphopt/ir/*.py",
+        "graphopt/ir/**/*.py",
         "tests/ir tests/passes/cleanup tests/record/test_diff.py tests/capture/test_bounds.py",
     ),
     "ops": Area(
@@ -39,7 +39,7 @@ AREAS = {
     ),
     "cpu": Area("codegen/cpu/*.py", "tests/codegen"),
     "cleanup": Area("passes/cleanup/*.py", "tests/passes/cleanup"),
-    "cache": Area("passes/cache/*.py", "tests/passes/cache"),
+    "cache": Area("passes/cache/*.py passes/analysis/rows/*.py", "tests/passes/cache"),
     "runtime": Area("runtime/*.py", "tests/runtime"),
 }
 DEFAULT_AREAS = ("masks", "fuse", "ir", "ops", "storage", "cpu")
