@@ -313,7 +313,9 @@ def test_the_round_trip_check_can_fail(program: graphopt.Program) -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"x" * 50, gzip.compress(b"[" * 100_000), gzip.compress(b"{}")[:-9] + b"x" * 9]
+    "data",
+    [b"", b"x" * 50, gzip.compress(b"[" * 100_000), gzip.compress(b"{}")[:-9] + b"x" * 9],
+    ids=["empty", "no gzip", "too deep", "cut"],
 )
 def test_a_damaged_report_of_a_dump(program: graphopt.Program, tmp_path: Path, data: bytes) -> None:
     program.dump(tmp_path / "d")
