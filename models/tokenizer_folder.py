@@ -12,7 +12,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from graphopt.errors import GraphoptError
-from graphopt.json_file import read_json
+from graphopt.files.json_file import read_json
 from graphopt.models.schema import TEXT, Rule, check_all, one_line
 
 _FILES = (

@@ -1,4 +1,4 @@
-"""Lowering of the ops that compute: kernels of `native/abi.h`."""
+"""Lowering of the ops that compute: kernels of `native/abi.h` (weights: `rules_weights.py`)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from graphopt.codegen.cpu.lower import (
     Lowering,
     Rule,
     elementwise,
+    is_vector,
     scalar,
     tensor_floats,
 )
-from graphopt.codegen.cpu.views import Extent, View, row_major
+from graphopt.codegen.cpu.views import Extent, View
 from graphopt.errors import BackendError
 from graphopt.ir.graph import argument, where
 from graphopt.ops import (
-    embedding_wq,
     geglu,
     kv_write,
     layer_norm,
-    linear_wq,
     paged_attention,
     rms_norm,
     rope,
@@ -131,84 +130,11 @@ def outer_product(lowering: Lowering, node: fx.Node) -> bool:
     left, right = node.args[:2]
     assert isinstance(left, fx.Node)
     assert isinstance(right, fx.Node)
-    one = left.meta["val"].shape[-1]
-    if not (isinstance(one, int) and one == 1):
+    shapes = [n.meta["val"].shape for n in (left, right)]
+    one = shapes[0][-1]
+    if min(map(len, shapes)) < 2 or not (isinstance(one, int) and one == 1):
         return False
     return _binary(lowering, node, BinaryKind.BINARY_MUL, left, right)
-
-
-def embedding(lowering: Lowering, node: fx.Node) -> bool:
-    """Rows of a dense table."""
-    return _embed(lowering, node, argument(node, "weight"), argument(node, "indices"))
-
-
-def embedding_low_bit(lowering: Lowering, node: fx.Node) -> bool:
-    """Rows of a packed table."""
-    return _embed(lowering, node, argument(node, "codes_NKp"), argument(node, "ids"))
-
-
-def _embed(lowering: Lowering, node: fx.Node, table: fx.Node, ids: fx.Node) -> bool:
-    indices = lowering.view(ids)
-    flat = lowering.rows_by_width(indices)
-    if table.op != "get_attr" or flat is None or flat[2] != 1 or indices.dtype != torch.int64:
-        return False
-    out = lowering.output(node)
-    rows, out_stride, width = lowering.rows_by_width(out) or (None, 0, 0)
-    if rows is None or not tensor_floats(out):
-        return False
-    weight = _matrix(lowering, table)
-    attrs_i = (0, int(table.meta["val"].shape[0]))
-    steps = [[out_stride], [flat[1]], []]
-    lowering.add(Op.OP_EMBED, [out, indices, weight], [rows, Extent(width)], steps, attrs_i, (1.0,))
-    return True
-
-
-def _matrix(lowering: Lowering, node: fx.Node) -> View:
-    """A weight that is read in a kernel layout. Its kind is filled in when it is packed."""
-    name = str(node.target).removesuffix(".codes")
-    buffer = lowering.plan.external(f"matrix:{name}")
-    lowering.matrices[name] = name
-    return View(buffer, torch.uint8, (), ())
-
-
-def linear(lowering: Lowering, node: fx.Node) -> bool:
-    """A dense linear layer."""
-    weight, bias = argument(node, "weight"), argument(node, "bias")
-    return _linear(lowering, node, argument(node, "input"), weight, bias, 0)
-
-
-def linear_low_bit(lowering: Lowering, node: fx.Node) -> bool:
-    """A packed linear layer."""
-    mode = 1 if argument(node, "activation") == "int8" else 0
-    weight, bias = argument(node, "codes_NKp"), argument(node, "bias_N")
-    return _linear(lowering, node, argument(node, "x"), weight, bias, mode)
-
-
-def _linear(
-    lowering: Lowering, node: fx.Node, x: fx.Node, weight: Any, bias: Any, mode: int
-) -> bool:
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
-        return False
-    source = lowering.view(x)
-    columns = source.extents[-1].mult
-    flat = lowering.rows_by_width(source)
-    if flat is None or flat[2] != columns:
-        source = lowering.dense(source)
-        flat = lowering.rows_by_width(source)
-    out = lowering.output(node)
-    flat_out = lowering.rows_by_width(out)
-    if flat is None or flat_out is None or flat[2] != columns or not tensor_floats(source, out):
-        return False
-    rows, out_stride, width = flat_out
-    biases = [] if bias is None else [lowering.view(bias)]
-    if not all(_is_vector(view, width) for view in biases):
-        return False
-    operands = [out, source, _matrix(lowering, weight), *biases]
-    steps: list[Any] = [[out_stride], [flat[1]], *([] for _ in range(1 + len(biases)))]
-    attrs_i = (0, mode, int(bias is not None), 0)
-    dims = [rows, Extent(width), Extent(columns)]
-    lowering.add(Op.OP_LINEAR, operands, dims, steps, attrs_i)
-    return True
 
 
 def rms(lowering: Lowering, node: fx.Node) -> bool:
@@ -244,17 +170,11 @@ def _norm(
         return False
     rows, heads, width, row_stride, head_stride = shape
     # The kernel reads `width` weights, one after the other.
-    if not all(view is None or _is_vector(view, width) for view in weights):
+    if not all(view is None or is_vector(view, width) for view in weights):
         return False
     steps = [[shape_out[3], shape_out[4]], [row_stride, head_stride]]
     lowering.add(op, [out, source, *weights], [rows, heads, Extent(width)], steps, attrs_i, attrs_f)
     return True
-
-
-def _is_vector(view: View, size: int) -> bool:
-    """True for `size` floats, one after the other."""
-    is_dense = view.strides == row_major(view.extents)
-    return view.extents == (Extent(size),) and is_dense and tensor_floats(view)
 
 
 def _heads(view: View) -> tuple[Extent, Extent, int, int, int] | None:
@@ -272,7 +192,9 @@ def rotary(lowering: Lowering, node: fx.Node) -> bool:
     shape, shape_out = _heads(source), _heads(out)
     if shape is None or shape_out is None or not tensor_floats(source, cos, sin, out):
         return False
-    if not cos.extents[0].is_one or not sin.extents[0].is_one:
+    tables = (cos.extents, sin.extents)
+    # The kernel reads a row of each table for each row, or one for all.
+    if any(not axes[0].is_one or axes[1] not in (shape[0], Extent(1)) for axes in tables):
         return False
     if cos.strides[2] != 1 or sin.strides[2] != 1:
         cos, sin = lowering.dense(cos), lowering.dense(sin)
@@ -294,9 +216,16 @@ def _check_cache(node: fx.Node, name: str, heads: int, width: int) -> None:
         )
 
 
+def _check_rows(node: fx.Node, *rows: Extent) -> None:
+    """Cache ops go by the step's token rows: another count would read beside its operands."""
+    if any(count != Extent(1, Sym.SYM_TOKENS) for count in rows):
+        raise BackendError(f"{where(node)} does not work on the token rows of the step")
+
+
 def write_cache(lowering: Lowering, node: fx.Node) -> bool:
     """Keys and values into the cache. Block size and blocks are filled in per cache."""
-    k_cache, v_cache, k, v, slots = (lowering.view(n) for n in node.args)
+    k_cache, v_cache = (lowering.opaque(n) for n in node.args[:2])
+    k, v, slots = (lowering.view(n) for n in node.args[2:])
     k_shape, v_shape = _heads(k), _heads(v)
     if k_shape is None or v_shape is None:
         k, v = lowering.dense(k), lowering.dense(v)
@@ -304,6 +233,9 @@ def write_cache(lowering: Lowering, node: fx.Node) -> bool:
     if k_shape is None or v_shape is None or not tensor_floats(k, v):
         return False
     rows, heads, k_width = k_shape[:3]
+    _check_rows(node, rows, v_shape[0])
+    if v_shape[1] != heads:
+        return False
     steps = [[], [], k_shape[3:], v_shape[3:], [1]]
     _check_cache(node, "k_cache", heads.mult, k_width)
     _check_cache(node, "v_cache", heads.mult, v_shape[2])
@@ -314,8 +246,9 @@ def write_cache(lowering: Lowering, node: fx.Node) -> bool:
 
 def paged(lowering: Lowering, node: fx.Node) -> bool:
     """Attention over the paged cache."""
-    names = ("q_BHTD", "k_cache", "v_cache", "block_tables", "query_start", "kv_lens")
-    q, *others = (lowering.view(argument(node, name)) for name in names)
+    names = ("k_cache", "v_cache", "block_tables", "query_start", "kv_lens")
+    others = [lowering.opaque(argument(node, name)) for name in names]
+    q = lowering.view(argument(node, "q_BHTD"))
     sinks = argument(node, "sinks_H")
     shape = _heads(q)
     if shape is None:
@@ -326,13 +259,14 @@ def paged(lowering: Lowering, node: fx.Node) -> bool:
     if shape is None or shape_out is None or not tensor_floats(q, out):
         return False
     rows, heads, width, row_stride, head_stride = shape
+    _check_rows(node, rows)
     kv_heads = int(argument(node, "k_cache").meta["val"].shape[2])
     if heads.mult % kv_heads:
         return False
     _check_cache(node, "k_cache", kv_heads, width)
     _check_cache(node, "v_cache", kv_heads, shape_out[2])
     sink_views = [] if sinks is None else [lowering.view(sinks)]
-    if not all(_is_vector(view, heads.mult) for view in sink_views):
+    if not all(is_vector(view, heads.mult) for view in sink_views):
         return False
     operands = [out, q, *others, *sink_views]
     steps: list[Any] = [shape_out[3:], [row_stride, head_stride]]
@@ -349,6 +283,8 @@ def gated(lowering: Lowering, node: fx.Node) -> bool:
     gate, up = (lowering.view(n) for n in node.args[:2])
     out = lowering.output(node)
     flat = [lowering.rows_by_width(v) for v in (out, gate, up)]
+    if not out.extents == gate.extents == up.extents:
+        return False
     if any(f is None for f in flat) or not tensor_floats(out, gate, up):
         return False
     if node.target is swiglu.SPEC.overload:
@@ -374,10 +310,6 @@ RULES: dict[object, Rule] = {
     aten.matmul.default: outer_product,
     aten.bmm.default: outer_product,
     aten.mm.default: outer_product,
-    aten.embedding.default: embedding,
-    embedding_wq.SPEC.overload: embedding_low_bit,
-    aten.linear.default: linear,
-    linear_wq.SPEC.overload: linear_low_bit,
     rms_norm.SPEC.overload: rms,
     aten.layer_norm.default: layer_normalised,
     layer_norm.SPEC.overload: layer_normalised,

@@ -13,13 +13,13 @@ import math
 import os
 import random
 import shutil
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.gguf_samples import CHAT_TEMPLATE, randomize
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -38,9 +38,6 @@ import graphopt
 from graphopt.config import Config
 from graphopt.errors import GraphoptError
 from graphopt.models import load
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from gguf_samples import CHAT_TEMPLATE, randomize
 
 from . import json_changes
 from .harness import WrongError

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,14 +19,7 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Q
-
-import graphopt
-from graphopt.config import Config
-from graphopt.errors import GraphoptError
-from graphopt.models import load
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from gguf_samples import LEAVES, interleave, randomize, write_gguf
+from helpers.gguf_samples import LEAVES, interleave, randomize, write_gguf
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -36,6 +28,11 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+import graphopt
+from graphopt.config import Config
+from graphopt.errors import GraphoptError
+from graphopt.models import load
 
 from .gguf_changes import DAMAGING, HARMLESS, damage_bytes
 from .gguf_parts import ARRAY, BOOL, F32, I32, STRING, U32, Parts, Value, read

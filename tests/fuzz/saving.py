@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import graphopt
-from graphopt.program import Program
+from graphopt.program.program import Program
 from graphopt.runtime.request import sampling_from_plain
 
 from .harness import WrongError
