@@ -1,5 +1,5 @@
-"""Every public function with a path takes text or a Path, and says so of anything else; a write that
-fails leaves nothing behind."""
+"""Every public function with a path takes text or a Path, and says so of anything else; a write
+that fails leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_golden_file_that_cannot_be_written_stays_as_it_was(
     old.write_text('gir 1\ngraph "old" captured\ninput %x : f32[4] user\nreturn %x\n')
     before = old.read_text()
     FullDisk(monkeypatch, 0)
-    with pytest.raises(GoldenError, match="could not be written: .*No space left"):
+    with pytest.raises(GoldenError, match=r"could not be written: .*No space left"):
         GoldenGraph(tmp_path, accept=True)(program, "linear")
     assert old.read_text() == before
     assert [path.name for path in tmp_path.iterdir()] == ["linear.gir"]

@@ -27,7 +27,7 @@ def program() -> Program:
 
 
 CHANGES = [
-    (r"input %tokens (.*\n)input %positions (.*\n)", r"input %positions \2input %tokens \1", "begin"),
+    (r"(input %tokens .*\n)(input %positions .*\n)", r"\2\1", "begin"),
     (r"input %kv_lens : i64", "input %kv_lens : i32", "kv_lens is torch.int32, not torch.int64"),
     (r"block_columns\]", "others]", r"%block_tables is not i64\[requests, block_columns\]"),
     (r"input %kv_lens : i64\[requests\]", "input %kv_lens : i64[rows]", r"is not i64\[requests\]"),
