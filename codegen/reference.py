@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from graphopt.codegen.backend import Cache, KernelCall, check_weights
+from graphopt.codegen.backend import BackendKind, Cache, check_weights
 from graphopt.errors import BackendError, CapacityError, GraphoptError
 from graphopt.ir.graph import Graph, op_name
-from graphopt.ir.serving_form import STEP_INPUTS, check_serving_form
+from graphopt.ir.serving_form import check_serving_form
+from graphopt.ir.step import STEP
+from graphopt.record.calls import KernelCall
 
 KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -142,6 +144,12 @@ class ReferenceForward:
         return outputs
 
 
+def kernel_calls(graph: Graph) -> tuple[KernelCall, ...]:
+    """Every call runs by its definition."""
+    calls = (node for node in graph.nodes if node.op == "call_function")
+    return tuple(KernelCall(f"%{node.meta['number']}", op_name(node), False) for node in calls)
+
+
 class ReferenceServing:
     """A serving graph, run node by node."""
 
@@ -150,10 +158,7 @@ class ReferenceServing:
         self.module = runnable(graph)
         self.vocab_size = vocabulary(graph)
         self.cache_bytes_per_token = cache_bytes_per_token(graph, kv_dtype)
-        calls = (node for node in graph.nodes if node.op == "call_function")
-        self.kernel_calls = tuple(
-            KernelCall(f"%{node.meta['number']}", op_name(node), False) for node in calls
-        )
+        self.kernel_calls = kernel_calls(graph)
 
     def original_weights(self) -> dict[str, Tensor]:
         """None: the weights stay in the graph."""
@@ -168,7 +173,7 @@ class ReferenceServing:
         if not isinstance(cache, TensorCache):
             raise BackendError("this cache was made by another executable")
         with as_defined(self.graph.name):
-            (logits,) = self.module(*(step[name] for name, _ in STEP_INPUTS), *cache.tensors)
+            (logits,) = self.module(*(step[declared.name] for declared in STEP), *cache.tensors)
         assert isinstance(logits, Tensor)
         return logits
 
@@ -188,3 +193,10 @@ class ReferenceBackend:
         """Lower a serving graph."""
         check_serving_form(graph)
         return ReferenceServing(graph, kv_dtype, max_context)
+
+
+KIND = BackendKind(
+    name=ReferenceBackend.name,
+    make=lambda _threads, _note: ReferenceBackend(),
+    kernel_calls=kernel_calls,
+)

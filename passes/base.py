@@ -22,7 +22,7 @@ from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.clean import remove_dead
 from graphopt.ir.graph import Graph, dtype_of, op_name, value_name
 from graphopt.passes.changes import watched
-from graphopt.report import LIMIT, Absorbed, Candidate, Rejection, Site
+from graphopt.record.report import LIMIT, Absorbed, Candidate, Rejection, Site
 
 Stage = Literal["cleanup", "fuse", "architecture", "cache", "quantize", "distribute", "lower"]
 STAGES: tuple[Stage, ...] = (

@@ -1,8 +1,9 @@
 """The engine: submit requests, step, get tokens. Continuous batching over one executable.
 
-One thread at a time: a call while another thread is in one is a RequestError. An error in a step
-(of the executable, or logits that are no distribution) propagates; no token or block is lost, and
-the next step computes the same rows again. `generate` and `stream` cancel their own requests then.
+One thread at a time: a call while another thread is in one (all of `generate`, each event of a
+stream) is a RequestError at once. An error in a step (of the executable, or logits that are no
+distribution) propagates; no token or block is lost, and the next step computes the same rows again.
+`generate` and `stream` cancel their own requests then.
 """
 
 from __future__ import annotations
@@ -21,58 +22,18 @@ from graphopt.runtime.blocks import BlockPool
 from graphopt.runtime.detokenizer import Detokenizer
 from graphopt.runtime.logits_processors import History
 from graphopt.runtime.request import (
-    FinishReason,
     Request,
     SamplingParams,
     token_tuple,
     whole_number,
 )
+from graphopt.runtime.results import Completion, EngineStats, TokenEvent
 from graphopt.runtime.runner import Runner
 from graphopt.runtime.sampler import NonFiniteLogitsError, SamplingRow, sample
 from graphopt.runtime.scheduler import Scheduler, StepPlan
 
 Prompt = str | Sequence[int]
 _DEFAULT_CACHE_TOKENS = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """Something that happened to a request in a step.
-
-    token: the new token, None when the request ended without one (cancelled).
-    text: the text that became certain ("" while characters or stop texts are incomplete), None
-    without a tokenizer. finish_reason: set on the request's last event, and only there.
-    """
-
-    request_id: int
-    token: int | None
-    text: str | None
-    finish_reason: FinishReason | None
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """A finished request. text is None without a tokenizer; seed repeats it."""
-
-    prompt_tokens: tuple[int, ...]
-    tokens: tuple[int, ...]
-    text: str | None
-    finish_reason: FinishReason
-    seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Counters since the engine was made (steps .. preemptions), and its present state."""
-
-    steps: int
-    prompt_tokens: int
-    generated_tokens: int
-    preemptions: int
-    running: int
-    waiting: int
-    blocks_used: int
-    blocks_free: int
 
 
 @dataclass(slots=True, eq=False)
@@ -198,7 +159,8 @@ class Engine:
         return request.request_id
 
     def cancel(self, request_id: int) -> TokenEvent:
-        """End a request now; returns its last event, with the text that was held back.
+        """End a request now; returns its last event, with the text that was held back. Tokens of it
+        that `generate` or a stream computed meanwhile are still to come from `step`.
 
         Raises RequestError when it is not waiting or running.
         """
@@ -207,18 +169,13 @@ class Engine:
             return self._deliver(self._live[request_id], None, "")
 
     def step(self) -> list[TokenEvent]:
-        """Compute one batch; returns the tokens it gave, at most one per request, after those of
-        requests of `submit` that `generate` or a stream computed meanwhile."""
+        """Compute one batch; returns the tokens it gave to requests of `submit`, at most one per
+        request, after those that `generate` or a stream computed meanwhile. Each stream gives its
+        own events."""
         with self._alone():
-            events = self._advance()
+            self._advance()
             kept, self._kept = self._kept, []
-            return kept + events
-
-    def _step_for_others(self) -> None:
-        """A step whose caller wants no events: those that are in no inbox are kept for `step`."""
-        with self._alone():
-            inboxes = {id_ for id_, live in self._live.items() if live.inbox is not None}
-            self._kept += [e for e in self._advance() if e.request_id not in inboxes]
+            return kept
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -232,14 +189,19 @@ class Engine:
         finally:
             self._in_use.release()
 
-    def _advance(self) -> list[TokenEvent]:
-        plan = self._scheduler.schedule()
-        if not plan.rows:
-            return []
-        advanced = self._scheduler.commit(plan, self._sample(plan))
-        self._steps += 1
-        self._generated_tokens += len(advanced)
-        return [self._event(self._live[request.request_id]) for request in advanced]
+    def _advance(self) -> None:
+        """Compute one batch; events that are in no inbox are kept for `step`."""
+        with self._alone():
+            plan = self._scheduler.schedule()
+            if not plan.rows:
+                return
+            advanced = self._scheduler.commit(plan, self._sample(plan))
+            self._steps += 1
+            self._generated_tokens += len(advanced)
+            for live in [self._live[request.request_id] for request in advanced]:
+                event = self._event(live)
+                if live.inbox is None:
+                    self._kept.append(event)
 
     def generate(
         self,
@@ -259,18 +221,29 @@ class Engine:
         )
         if len(many) != len(prompts):
             raise RequestError(f"{len(prompts)} prompts but {len(many)} sampling settings")
+        with self._alone():
+            return self._generate(list(zip(prompts, many, strict=True)))
+
+    def _generate(self, asked: Sequence[tuple[Prompt, SamplingParams | None]]) -> list[Completion]:
         lives: list[_Live] = []
         try:
-            for prompt, one in zip(prompts, many, strict=True):
-                live = self._live[self.submit(prompt, one)]
-                live.inbox = deque()
-                lives.append(live)
+            for prompt, params in asked:
+                lives.append(self._submit_with_inbox(prompt, params)[0])
             while any(live.request.finish_reason is None for live in lives):
-                self._step_for_others()
+                self._advance()
         except BaseException:
             self._cancel_unfinished(lives)
             raise
         return [_completion(live) for live in lives]
+
+    def _submit_with_inbox(
+        self, prompt: Prompt, params: SamplingParams | None
+    ) -> tuple[_Live, deque[TokenEvent]]:
+        """A request whose events `step` does not give."""
+        with self._alone():
+            live = self._live[self.submit(prompt, params)]
+            inbox = live.inbox = deque()
+            return live, inbox
 
     def stream(
         self, prompt: Prompt, params: SamplingParams | None = None
@@ -282,9 +255,7 @@ class Engine:
         later. Closing or dropping one
         cancels its request. Raises RequestError at once, not at the first event.
         """
-        live = self._live[self.submit(prompt, params)]
-        live.inbox = deque()
-        events = self._events_of(live, live.inbox)
+        events = self._events_of(*self._submit_with_inbox(prompt, params))
         # A generator that has not begun would not run its `finally` when it is closed.
         next(events)
         return events
@@ -298,7 +269,7 @@ class Engine:
                 if inbox:
                     yield inbox.popleft()
                 else:
-                    self._step_for_others()
+                    self._advance()
         finally:
             self._cancel_unfinished([live])
 

@@ -39,3 +39,11 @@ def test_child_environment_adds_to_this_one(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_home_of_an_unknown_user() -> None:
     with pytest.raises(UnsupportedError, match="GRAPHOPT_CACHE='~no-such-user/x' names no folder"):
         Config.from_environment({"GRAPHOPT_CACHE": "~no-such-user/x"})
+
+
+def test_flags_of_the_compiler_are_split_as_a_shell_does() -> None:
+    config = Config.from_environment({"GRAPHOPT_CXXFLAGS": "-O1 '-DNAME=two words'"})
+    assert config.cxxflags == ("-O1", "-DNAME=two words")
+    assert Config.from_environment({}).cxxflags == ()
+    with pytest.raises(UnsupportedError, match=r"GRAPHOPT_CXXFLAGS=.* cannot be split"):
+        Config.from_environment({"GRAPHOPT_CXXFLAGS": "-O1 '"})

@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("passes", "codegen", "runtime", "models")
-MODULES = ("graphopt_command", "graphopt_pytest")
+MODULES = ("graphopt_pytest",)
 
 
 def main() -> int:

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 
-from graphopt.errors import BackendError, ScoreRangeError
+from graphopt.errors import BackendError, CapacityError, ScoreRangeError
 from graphopt.ops import paged_attention
 
 ABI_VERSION = 2
 MAX_OPERANDS = 8
 MAX_DIMS = 4
+# What `go_run` returns beside the number of an instruction (kernel.h).
+BAD_THREADS, NO_MEMORY, NO_THREAD = -1, -2, -3
 
 
 class DType(IntEnum):
@@ -198,15 +200,16 @@ class NativeLibrary:
         """Execute all of `instrs` on `threads` threads (1 to 1024) and return when done.
 
         `bases` are addresses that the operands index; `syms` has Sym.SYM_COUNT extents. Releases
-        the interpreter lock; concurrent calls queue up. Nothing is bounds-checked: the plan must
-        be right. Raises BackendError naming the instruction that a kernel cannot execute,
-        ScoreRangeError for scores outside the bounds of attention.
+        the interpreter lock; concurrent calls queue up. Kernels bound the rows that data names, and
+        nothing else: the plan must be right (`bounds.py`). Raises BackendError naming the
+        instruction that a kernel cannot execute, ScoreRangeError for scores outside the bounds of
+        attention, CapacityError without memory for a kernel's scratch.
         """
         status = self._run(instrs, len(instrs), bases, syms, threads)
         if status == 0:
             return
         if status < 0:
-            raise BackendError(f"thread count must be 1 to 1024, got {threads}")
+            raise _no_run(status, syms, threads)
         number = instrs[status - 1].op
         name = Op(number).name if 0 <= number < Op.OP_COUNT else f"unknown op {number}"
         if number in (Op.OP_EMBED, Op.OP_GATHER_ROWS):
@@ -220,3 +223,21 @@ class NativeLibrary:
         raise BackendError(
             f"instruction {status - 1} ({name}) has a dtype or attribute its kernel does not take"
         )
+
+
+def _no_run(status: int, syms: ctypes.Array[ctypes.c_int64], threads: int) -> Exception:
+    if status == NO_MEMORY:
+        return no_memory(syms[Sym.SYM_TOKENS])
+    if status == NO_THREAD:
+        return BackendError(
+            f"the system starts no {threads} threads for the kernels; compile with fewer threads"
+        )
+    return BackendError(f"thread count must be 1 to 1024, got {threads}")
+
+
+def no_memory(rows: int) -> CapacityError:
+    """What a step is told whose buffers do not fit into memory."""
+    return CapacityError(
+        f"there is not enough memory to compute {rows} token rows at once; use shorter inputs, or "
+        "an engine with a smaller max_tokens_per_step"
+    )

@@ -1,8 +1,9 @@
 """Builds the native kernels with the machine's C++ compiler, once, into the cache folder.
 
-The library's name holds a hash of everything it depends on (sources, flags and CPU features, then
-the compiler's version), so a stale one is never loaded and folders shared between machines are
-safe. A machine without a compiler takes a library that another one built for its CPU.
+The library's name holds a hash of everything it depends on (sources, flags, those of the Config
+among them, and CPU features, then the compiler's version), so a stale one is never loaded and
+folders shared between machines are safe. A machine without a compiler takes a library that another
+one built for its CPU.
 
 A library is used only when its last bytes are the SHA-256 of all before them (the loader ignores
 what follows an ELF image): what a power cut or a full disk left of one is built anew. Builders take
@@ -19,6 +20,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,16 +57,22 @@ def load_library(cache: Path | None = None) -> NativeLibrary:
     return NativeLibrary(build_library(cache))
 
 
-def build_library(cache: Path | None = None, compiler: str | None = None) -> Path:
+def build_library(
+    cache: Path | None = None,
+    compiler: str | None = None,
+    extra: Sequence[str] | None = None,
+) -> Path:
     """Path of the shared library for this machine; compiles it when the cache has no sound one.
 
-    cache: folder (default: the Config's). compiler: command or path (default: the environment's
-    CXX, else the first of g++, clang++, c++ that is installed). Raises BackendError when the folder
-    cannot be used, when there is neither a compiler nor a library of another machine, or with the
-    last lines of what the compiler said when it fails.
+    cache: folder; extra: flags after `FLAGS` (default of both: the Config's). compiler: command or
+    path (default: the environment's CXX, else the first of g++, clang++, c++ that is installed).
+    Raises BackendError when the folder cannot be used, when there is neither a compiler nor a
+    library of another machine, or with the last lines of what the compiler said when it fails.
     """
-    folder = (Config.from_environment().cache if cache is None else cache) / "native"
-    machine = _hash_of_machine()
+    config = Config.from_environment()
+    folder = (config.cache if cache is None else cache) / "native"
+    flags = (*FLAGS, *(config.cxxflags if extra is None else extra))
+    machine = _hash_of_machine(flags)
     try:
         program = find_compiler(compiler)
     except BackendError:
@@ -82,7 +90,7 @@ def build_library(cache: Path | None = None, compiler: str | None = None) -> Pat
                 shutil.rmtree(left, ignore_errors=True)
             if not is_sound(target):
                 with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as scratch:
-                    built = _compile(program, Path(scratch))
+                    built = _compile(program, flags, Path(scratch))
                     seal(built)
                     os.replace(built, target)
     except OSError as error:
@@ -126,14 +134,14 @@ def find_compiler(compiler: str | None = None) -> str:
     )
 
 
-def _hash_of_machine() -> str:
+def _hash_of_machine(flags: Sequence[str]) -> str:
     """Of all that a library depends on but the compiler."""
     parts = [
         f"{source.name}\n{source.read_text()}"
         for source in sorted(SOURCES.iterdir())
         if source.suffix in {".h", ".cpp"}
     ]
-    return _hash(*parts, *FLAGS, platform.machine(), _cpu_features())[:20]
+    return _hash(*parts, *flags, platform.machine(), _cpu_features())[:20]
 
 
 def _hash(*facts: str) -> str:
@@ -150,18 +158,18 @@ def _cpu_features() -> str:
     return "\n".join(line for line in first_cpu if line.split(":")[0].strip() in keys)
 
 
-def _compile(compiler: str, scratch: Path) -> Path:
+def _compile(compiler: str, flags: Sequence[str], scratch: Path) -> Path:
     sources = sorted(SOURCES.glob("*.cpp"))
     objects = [scratch / f"{source.stem}.o" for source in sources]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         jobs = [
-            pool.submit(_output, [compiler, *FLAGS, "-c", str(source), "-o", str(to)])
+            pool.submit(_output, [compiler, *flags, "-c", str(source), "-o", str(to)])
             for source, to in zip(sources, objects, strict=True)
         ]
         for job in jobs:
             job.result()
     library = scratch / "library.so"
-    _output([compiler, *FLAGS, "-shared", *map(str, objects), "-o", str(library)])
+    _output([compiler, *flags, "-shared", *map(str, objects), "-o", str(library)])
     return library
 
 

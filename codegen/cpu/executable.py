@@ -14,24 +14,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.codegen.backend import Cache, KernelCall
-from graphopt.codegen.cpu import rules_compute, rules_shape
-from graphopt.codegen.cpu.abi import Instr, NativeLibrary, Op, Sym
+from graphopt.codegen.backend import Cache
+from graphopt.codegen.cpu import rules_compute, rules_shape, rules_weights
+from graphopt.codegen.cpu.abi import Instr, NativeLibrary, Op, Sym, no_memory
 from graphopt.codegen.cpu.dtypes import NATIVE_DTYPES
 from graphopt.codegen.cpu.lower import LOGITS, Lowering
 from graphopt.codegen.cpu.packing import KernelWeight, unpack
-from graphopt.codegen.cpu.plan import ARENA, HostStep, Plan, Segment
+from graphopt.codegen.cpu.plan import ARENA, Plan, Segment
+from graphopt.codegen.cpu.plan_steps import HostStep
 from graphopt.codegen.cpu.views import Extent, View
 from graphopt.codegen.reference import (
+    KV_DTYPES,
     TensorCache,
     cache_bytes_per_token,
+    cache_shapes,
     make_cache,
     vocabulary,
 )
 from graphopt.errors import BackendError
 from graphopt.ir.graph import Graph
-from graphopt.ir.serving_form import STEP_INPUTS
+from graphopt.ir.step import STEP
+from graphopt.record.calls import KernelCall
 
+RULES = {**rules_shape.RULES, **rules_compute.RULES, **rules_weights.RULES}
 _CACHE_OPS = (Op.OP_KV_WRITE, Op.OP_PAGED_ATTENTION)
 _MATRIX_OPS = (Op.OP_EMBED, Op.OP_LINEAR)
 
@@ -66,6 +71,7 @@ class CpuServing:
         self._syms = (ctypes.c_int64 * Sym.SYM_COUNT)(1)
         self._base_of = {name: base for base, name in enumerate(plan.externals, start=1)}
         self._cache_names = [spec.name for spec in graph.inputs if spec.kind == "cache"]
+        self._cache_shapes = cache_shapes(graph)
         self._bound_cache: TensorCache | None = None
         self._host_tensors: dict[int, Tensor] = {}
         for name, base in self._base_of.items():
@@ -129,29 +135,35 @@ class CpuServing:
         block_tables: Tensor,
         logit_rows: Tensor,
     ) -> Tensor:
-        """One step; see `ServingExecutable`."""
-        if not isinstance(cache, TensorCache):
-            raise BackendError("this cache was made by another executable")
+        """One step; see `ServingExecutable`.
+
+        Raises BackendError, before anything is computed, for inputs that are not a step's and for
+        another executable's cache, CapacityError without memory for so many rows.
+        """
         step = (tokens, positions, slots, query_start, kv_lens, block_tables, logit_rows)
+        _check_shapes(step)
         with self._lock:
             return self._step(cache, step)
 
-    def _step(self, cache: TensorCache, step: tuple[Tensor, ...]) -> Tensor:
+    def _step(self, cache: Cache, step: tuple[Tensor, ...]) -> Tensor:
         if cache is not self._bound_cache:
-            self._bind(cache)
+            cache = self._bind(cache)
         tokens, _, slots, query_start, kv_lens, block_tables, logit_rows = step
         rows = tokens.shape[0]
-        needed = self.plan.arena_fixed + self.plan.arena_per_token * rows + 64
-        if self._arena.numel() < needed:
-            self._arena = torch.empty(needed, dtype=torch.uint8, device="cpu")
-        logits = torch.empty(
-            (logit_rows.shape[0], self.vocab_size), dtype=self._logits_dtype, device="cpu"
-        )
+        try:
+            needed = self.plan.arena_fixed + self.plan.arena_per_token * rows + 64
+            if self._arena.numel() < needed:
+                self._arena = torch.empty(needed, dtype=torch.uint8, device="cpu")
+            logits = torch.empty(
+                (logit_rows.shape[0], self.vocab_size), dtype=self._logits_dtype, device="cpu"
+            )
+        except RuntimeError as error:
+            raise no_memory(rows) from error
         bases, syms = self._bases, self._syms
         bases[ARENA] = -(-self._arena.data_ptr() // 64) * 64
         self._set(LOGITS, logits)
-        for (name, _), value in zip(STEP_INPUTS, step, strict=True):
-            self._set(name, value)
+        for declared, value in zip(STEP, step, strict=True):
+            self._set(declared.name, value)
         syms[Sym.SYM_TOKENS] = rows
         syms[Sym.SYM_REQUESTS] = kv_lens.shape[0]
         syms[Sym.SYM_LOGIT_ROWS] = logit_rows.shape[0]
@@ -160,10 +172,17 @@ class CpuServing:
         self._library.check_step([t.data_ptr() for t in followed], syms, *_size_of(cache))
         for segment in self.plan.segments:
             if isinstance(segment, HostStep):
-                segment.run(self._resolve)
+                self._run_host(segment)
             else:
                 self._library.run(segment.instrs, bases, syms, self._threads)
         return logits
+
+    def _run_host(self, step: HostStep) -> None:
+        try:
+            step.run(self._resolve)
+        except (IndexError, RuntimeError) as error:
+            # Of torch, which checks every index.
+            raise BackendError(f"{step.text} cannot be computed: {error}") from error
 
     def _set(self, name: str, value: Tensor) -> None:
         base = self._base_of.get(name)
@@ -171,8 +190,10 @@ class CpuServing:
             self._bases[base] = value.data_ptr()
             self._host_tensors[base] = value
 
-    def _bind(self, cache: TensorCache) -> None:
+    def _bind(self, cache: Cache) -> TensorCache:
         """Point the plan at a cache; the block size and storage dtype are the cache's."""
+        if not isinstance(cache, TensorCache) or not self._is_ours(cache):
+            raise BackendError("this cache was made by another executable")
         dtype_of: dict[int, int] = {}
         for name, tensor in zip(self._cache_names, cache.tensors, strict=True):
             self._set(name, tensor)
@@ -186,6 +207,14 @@ class CpuServing:
                 for operand in instr.operands:
                     operand.dtype = dtype_of.get(operand.base, operand.dtype)
         self._bound_cache = cache
+        return cache
+
+    def _is_ours(self, cache: TensorCache) -> bool:
+        """True for a cache as `new_cache` makes it, of any number of blocks of any size."""
+        sizes = _size_of(cache)[::-1]
+        return [tuple(t.shape) for t in cache.tensors] == [
+            (*sizes, heads, width) for heads, width, _ in self._cache_shapes
+        ] and all(t.is_contiguous() and t.dtype in KV_DTYPES for t in cache.tensors)
 
     def _resolve(self, view: View | Extent) -> Any:
         """A torch tensor (or a number) for a host step."""
@@ -205,12 +234,31 @@ class CpuServing:
         return storage.as_strided(sizes, view.strides, start)
 
 
+def _check_shapes(step: tuple[Tensor, ...]) -> None:
+    """The kernels read int64 numbers that lie side by side, as many as the others say."""
+    rows, requests = step[0].numel(), step[4].numel()
+    columns = step[5].shape[-1] if step[5].dim() else 0
+    wanted = (step[6].numel(),)
+    shapes = ((rows,), (rows,), (rows,), (requests + 1,), (requests,), (requests, columns), wanted)
+    for declared, value, shape in zip(STEP, step, shapes, strict=True):
+        if value.shape != shape or value.dtype != torch.int64 or not value.is_contiguous():
+            raise BackendError(
+                f"step input {declared.name!r} is {value.dtype} {list(value.shape)}; it must be "
+                f"contiguous torch.int64 [{', '.join(declared.axes)}]"
+            )
+
+
 def _size_of(cache: TensorCache) -> tuple[int, int]:
     """(block size, blocks); no blocks for a model without attention."""
     if not cache.tensors:
         return 1, 0
     blocks, block_size = cache.tensors[0].shape[:2]
     return block_size, blocks
+
+
+def lowering_of(graph: Graph) -> Lowering:
+    """The lowering of a graph with all native rules; no weights are read."""
+    return Lowering(graph, RULES)
 
 
 def lower_serving(
@@ -222,7 +270,7 @@ def lower_serving(
     threads: int,
 ) -> CpuServing:
     """Lower `graph`. `pack(name)` gives a weight's kernel layout."""
-    lowering = Lowering(graph, {**rules_shape.RULES, **rules_compute.RULES})
+    lowering = lowering_of(graph)
     plan = lowering.run()
     # Packing releases the graph's copy: a weight that is read in both ways is kept before.
     vectors = {name: _owned(graph, name) for name in lowering.vectors}

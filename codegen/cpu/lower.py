@@ -16,18 +16,20 @@ from torch import Tensor, fx
 
 from graphopt.codegen.cpu.abi import Op, Sym
 from graphopt.codegen.cpu.dtypes import FLOATS, NATIVE_DTYPES
-from graphopt.codegen.cpu.plan import HostStep, NativeStep, Plan, PlanBuilder
-from graphopt.codegen.cpu.views import Extent, View, row_major
+from graphopt.codegen.cpu.plan import Plan, PlanBuilder
+from graphopt.codegen.cpu.plan_steps import HostStep, NativeStep
+from graphopt.codegen.cpu.views import Extent, View, row_major, total
 from graphopt.codegen.reference import as_defined
 from graphopt.errors import BackendError
 from graphopt.ir.graph import Graph, op_name, where
-from graphopt.ops.registry import is_impure
+from graphopt.ir.opset import is_impure
+from graphopt.ir.step import BLOCK_COLUMNS, LOGIT_ROWS, REQUESTS, ROWS, STEP
 
 SYMBOLS = {
-    "rows": Sym.SYM_TOKENS,
-    "requests": Sym.SYM_REQUESTS,
-    "logit_rows": Sym.SYM_LOGIT_ROWS,
-    "block_columns": Sym.SYM_BLOCK_COLUMNS,
+    ROWS: Sym.SYM_TOKENS,
+    REQUESTS: Sym.SYM_REQUESTS,
+    LOGIT_ROWS: Sym.SYM_LOGIT_ROWS,
+    BLOCK_COLUMNS: Sym.SYM_BLOCK_COLUMNS,
 }
 LOGITS = "logits"
 
@@ -46,12 +48,13 @@ class Lowering:
         self.graph, self._rules = graph, rules
         self.plan = PlanBuilder()
         self.views: dict[fx.Node, View] = {}
+        self._opaque_views: dict[fx.Node, View] = {}
         self.parts: dict[fx.Node, list[View]] = {}
         self.matrices: dict[str, str] = {}
         self.vectors: dict[str, torch.dtype] = {}
         # Read by kernels that know their shape; nothing else may touch them.
         self._opaque = {spec.name for spec in graph.inputs if spec.kind == "cache"}
-        self._opaque |= {"query_start", "kv_lens", "block_tables"}
+        self._opaque |= {step.name for step in STEP if not step.is_per_row}
         self._symbols = {text: SYMBOLS.get(name) for text, name in graph.symbols.items()}
 
     def run(self) -> Plan:
@@ -67,13 +70,22 @@ class Lowering:
 
     def _input(self, node: fx.Node) -> None:
         value = node.meta["val"]
-        buffer = self.plan.external(str(node.target))
         if node.target in self._opaque:
-            self.views[node] = View(buffer, value.dtype, (), ())
+            buffer = self.plan.external(str(node.target))
+            self._opaque_views[node] = View(buffer, value.dtype, (), ())
             return
-        extents = tuple(self.extent(size, node) for size in value.shape)
-        strides = tuple([0] * (len(extents) - 1) + [1]) if extents else ()
-        self.views[node] = View(buffer, value.dtype, extents, strides)
+        axes = next((step.axes for step in STEP if step.name == node.target), ())
+        extents = tuple(Extent(1, SYMBOLS[axis]) for axis in axes)
+        if not axes or self.extents(node) != extents or value.dtype != torch.int64:
+            raise BackendError(
+                f"input %{node.target} : {value.dtype} {list(value.shape)} is none of a step's"
+            )
+        self.views[node] = self._external(str(node.target), extents, value.dtype)
+
+    def _external(self, name: str, extents: tuple[Extent, ...], dtype: torch.dtype) -> View:
+        """Memory of somebody else that holds dense `extents`."""
+        buffer = self.plan.external(name, total(extents, dtype.itemsize))
+        return View(buffer, dtype, extents, row_major(extents))
 
     def _call(self, node: fx.Node) -> None:
         value = node.meta["val"]
@@ -91,12 +103,16 @@ class Lowering:
     def _result(self, node: fx.Node) -> None:
         view = self.view(node)
         self.plan.value = "return"
-        out = View(self.plan.external(LOGITS), view.dtype, view.extents, row_major(view.extents))
-        self.copy(view, out)
+        width = node.meta["val"].shape[-1] * view.dtype.itemsize
+        buffer = self.plan.external(LOGITS, Extent(width, Sym.SYM_LOGIT_ROWS))
+        self.copy(view, View(buffer, view.dtype, view.extents, row_major(view.extents)))
 
-    def is_opaque(self, node: fx.Node) -> bool:
-        """True for an input that only the kernels made for it can read."""
-        return node.target in self._opaque
+    def opaque(self, node: Any) -> View:
+        """A cache, or an input that tells where in it: no array to a plan, a place for the kernels
+        that are made for it."""
+        if node not in self._opaque_views:
+            raise BackendError(f"%{node} is no cache and no input about one")
+        return self._opaque_views[node]
 
     def extent(self, size: Any, node: fx.Node) -> Extent:
         """A size as `mult * symbol`."""
@@ -114,7 +130,12 @@ class Lowering:
         return tuple(self.extent(size, node) for size in node.meta["val"].shape)
 
     def view(self, node: Any) -> View:
-        """Where an operand lies; a weight becomes an external on first use."""
+        """Where an operand lies; a weight becomes an external on first use.
+
+        Raises BackendError for what only `opaque` gives.
+        """
+        if node in self._opaque_views:
+            raise BackendError(f"%{node.target} is read by an op that is not made for it")
         if node not in self.views:
             if not isinstance(node, fx.Node):
                 raise BackendError(f"{node!r} is no tensor that the cpu backend could read")
@@ -124,8 +145,7 @@ class Lowering:
             value = node.meta["val"]
             extents = tuple(Extent(int(s)) for s in value.shape)
             self.vectors[name] = value.dtype
-            buffer = self.plan.external(f"tensor:{name}")
-            self.views[node] = View(buffer, value.dtype, extents, row_major(extents))
+            self.views[node] = self._external(f"tensor:{name}", extents, value.dtype)
         return self.views[node]
 
     def allocate(self, extents: Sequence[Extent], dtype: torch.dtype) -> View:
@@ -256,8 +276,7 @@ def host_step(lowering: Lowering, node: fx.Node) -> None:
     """Run `node` with torch: its tensor operands are views of the plan's memory."""
     inputs = [n for n in node.all_input_nodes if isinstance(n.meta["val"], Tensor)]
     sizes = [n for n in node.all_input_nodes if not isinstance(n.meta["val"], Tensor)]
-    has_opaque = any(n.op == "placeholder" and lowering.is_opaque(n) for n in inputs)
-    if has_opaque or is_impure(node.target) or not isinstance(node.meta["val"], Tensor):
+    if is_impure(node.target) or not isinstance(node.meta["val"], Tensor):
         raise BackendError(f"the cpu backend has no way to run {where(node)}")
     views = {n: lowering.view(n) for n in inputs}
     extents = {n: lowering.extent(n.meta["val"], n) for n in sizes}
@@ -281,6 +300,12 @@ def host_step(lowering: Lowering, node: fx.Node) -> None:
 def tensor_floats(*views: View) -> bool:
     """True when every view holds floats a kernel takes."""
     return all(v.dtype in FLOATS for v in views)
+
+
+def is_vector(view: View, size: int) -> bool:
+    """True for `size` floats, one after the other."""
+    is_dense = view.strides == row_major(view.extents)
+    return view.extents == (Extent(size),) and is_dense and tensor_floats(view)
 
 
 def scalar(value: Any) -> float | None:

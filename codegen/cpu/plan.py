@@ -1,74 +1,29 @@
 """A plan under construction: instructions over virtual buffers, then memory and barriers.
 
 `PlanBuilder` collects instructions whose operands are views into numbered buffers. `finish` gives
-every temporary buffer a place in one arena (liveness, first fit), converts the instructions to the
-native ABI, and sets a barrier only where an instruction touches memory that an earlier one, since
-the last barrier, has written (or read, if it writes).
+every temporary buffer a place in one arena (liveness, first fit), checks that no instruction leaves
+its operands (`bounds.py`), converts the instructions to the native ABI, and sets a barrier only
+where an instruction touches memory that an earlier one, since the last barrier, has written (or
+read, if it writes).
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from graphopt.codegen.backend import KernelCall
-from graphopt.codegen.cpu.abi import Dim, Instr, Op, Operand, Sym
+from graphopt.codegen.cpu.abi import Dim, Instr, Operand, Sym
+from graphopt.codegen.cpu.bounds import check_bounds
 from graphopt.codegen.cpu.dtypes import NATIVE_DTYPES
-from graphopt.codegen.cpu.views import Extent, View
+from graphopt.codegen.cpu.plan_steps import External, HostStep, NativeStep, Step, Temporary
+from graphopt.codegen.cpu.views import Extent, View, total
 from graphopt.errors import BackendError
+from graphopt.record.calls import KernelCall
 
 ALIGNMENT = 64
 ARENA = 0
 LOGITS = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Temporary:
-    """A buffer that lives in the arena. bytes_per_token != 0: it grows with the rows."""
-
-    fixed_bytes: int
-    bytes_per_token: int
-
-
-@dataclass(frozen=True, slots=True)
-class External:
-    """Memory that somebody else owns: logits, step inputs, caches, weights."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class NativeStep:
-    """One kernel call, operands still as views. The first `writes` operands are written.
-
-    value: of the graph, "%12", that it is a part of.
-    """
-
-    op: Op
-    operands: tuple[View | None, ...]
-    dims: tuple[Extent, ...]
-    strides: tuple[tuple[int, ...], ...]
-    attrs_i: tuple[int, ...] = ()
-    attrs_f: tuple[float, ...] = ()
-    writes: int = 1
-    value: str = ""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class HostStep:
-    """An op without a kernel: torch runs it between two native segments."""
-
-    run: Callable[[Callable[[View | Extent], Any]], None]
-    operands: tuple[View, ...]
-    text: str
-    op: str
-    value: str
-    writes: int = 1
-
-
-Step = NativeStep | HostStep
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,22 +66,24 @@ class PlanBuilder:
     """The value of the graph that is being lowered."""
 
     def temporary(self, extents: Sequence[Extent], itemsize: int) -> int:
-        """A new arena buffer large enough for dense `extents`; returns its number."""
-        size = itemsize
-        grows = False
-        for extent in extents:
-            size *= extent.mult
-            grows = grows or extent.sym is not Sym.SYM_ONE
-        size = -(-size // ALIGNMENT) * ALIGNMENT
-        self.buffers.append(Temporary(0, size) if grows else Temporary(size, 0))
+        """A new arena buffer large enough for dense `extents`; returns its number.
+
+        Raises BackendError for one that grows with anything but rows.
+        """
+        needed = total(extents, itemsize)
+        if needed.sym not in (Sym.SYM_ONE, Sym.SYM_TOKENS, Sym.SYM_LOGIT_ROWS):
+            raise BackendError(f"{self.value} grows with the number of requests or blocks")
+        size = -(-needed.mult // ALIGNMENT) * ALIGNMENT
+        is_fixed = needed.sym is Sym.SYM_ONE
+        self.buffers.append(Temporary(size, 0) if is_fixed else Temporary(0, size))
         return len(self.buffers) - 1
 
-    def external(self, name: str) -> int:
-        """The buffer of a named external, made on first use."""
+    def external(self, name: str, size: Extent | None = None) -> int:
+        """The buffer of a named external, made on first use. size: its bytes."""
         for number, buffer in enumerate(self.buffers):
             if isinstance(buffer, External) and buffer.name == name:
                 return number
-        self.buffers.append(External(name))
+        self.buffers.append(External(name, size))
         return len(self.buffers) - 1
 
     def finish(self) -> Plan:
@@ -155,6 +112,7 @@ class PlanBuilder:
                 flush()
                 segments.append(step)
                 continue
+            check_bounds(step, self.buffers)
             wait = hazards.conflict(read, written)
             if wait:
                 hazards.clear()

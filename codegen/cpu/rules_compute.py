@@ -1,4 +1,4 @@
-"""Lowering of the ops that compute: kernels of `native/abi.h`."""
+"""Lowering of the ops that compute: kernels of `native/abi.h` (weights: `rules_weights.py`)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from graphopt.codegen.cpu.lower import (
     Lowering,
     Rule,
     elementwise,
+    is_vector,
     scalar,
     tensor_floats,
 )
-from graphopt.codegen.cpu.views import Extent, View, row_major
+from graphopt.codegen.cpu.views import Extent, View
 from graphopt.errors import BackendError
 from graphopt.ir.graph import argument, where
 from graphopt.ops import (
-    embedding_wq,
     geglu,
     kv_write,
     layer_norm,
-    linear_wq,
     paged_attention,
     rms_norm,
     rope,
@@ -131,87 +130,11 @@ def outer_product(lowering: Lowering, node: fx.Node) -> bool:
     left, right = node.args[:2]
     assert isinstance(left, fx.Node)
     assert isinstance(right, fx.Node)
-    one = left.meta["val"].shape[-1]
-    if not (isinstance(one, int) and one == 1):
+    shapes = [n.meta["val"].shape for n in (left, right)]
+    one = shapes[0][-1]
+    if min(map(len, shapes)) < 2 or not (isinstance(one, int) and one == 1):
         return False
     return _binary(lowering, node, BinaryKind.BINARY_MUL, left, right)
-
-
-def embedding(lowering: Lowering, node: fx.Node) -> bool:
-    """Rows of a dense table."""
-    return _embed(lowering, node, argument(node, "weight"), argument(node, "indices"))
-
-
-def embedding_low_bit(lowering: Lowering, node: fx.Node) -> bool:
-    """Rows of a packed table."""
-    return _embed(lowering, node, argument(node, "codes_NKp"), argument(node, "ids"))
-
-
-def _embed(lowering: Lowering, node: fx.Node, table: fx.Node, ids: fx.Node) -> bool:
-    indices = lowering.view(ids)
-    flat = lowering.rows_by_width(indices)
-    if table.op != "get_attr" or flat is None or flat[2] != 1 or indices.dtype != torch.int64:
-        return False
-    out = lowering.output(node)
-    rows, out_stride, width = lowering.rows_by_width(out) or (None, 0, 0)
-    if rows is None or not tensor_floats(out):
-        return False
-    weight = _matrix(lowering, table, node.target is embedding_wq.SPEC.overload)
-    attrs_i = (0, int(table.meta["val"].shape[0]))
-    steps = [[out_stride], [flat[1]], []]
-    lowering.add(Op.OP_EMBED, [out, indices, weight], [rows, Extent(width)], steps, attrs_i, (1.0,))
-    return True
-
-
-def _matrix(lowering: Lowering, node: fx.Node, is_low_bit: bool) -> View:
-    """A weight that is read in a kernel layout. Its kind is filled in when it is packed."""
-    name = str(node.target)
-    if is_low_bit:
-        name = name.removesuffix(".codes")
-    buffer = lowering.plan.external(f"matrix:{name}")
-    lowering.matrices[name] = name
-    return View(buffer, torch.uint8, (), ())
-
-
-def linear(lowering: Lowering, node: fx.Node) -> bool:
-    """A dense linear layer."""
-    weight, bias = argument(node, "weight"), argument(node, "bias")
-    return _linear(lowering, node, argument(node, "input"), weight, bias, 0)
-
-
-def linear_low_bit(lowering: Lowering, node: fx.Node) -> bool:
-    """A packed linear layer."""
-    mode = 1 if argument(node, "activation") == "int8" else 0
-    weight, bias = argument(node, "codes_NKp"), argument(node, "bias_N")
-    return _linear(lowering, node, argument(node, "x"), weight, bias, mode)
-
-
-def _linear(
-    lowering: Lowering, node: fx.Node, x: fx.Node, weight: Any, bias: Any, mode: int
-) -> bool:
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
-        return False
-    source = lowering.view(x)
-    columns = source.extents[-1].mult
-    flat = lowering.rows_by_width(source)
-    if flat is None or flat[2] != columns:
-        source = lowering.dense(source)
-        flat = lowering.rows_by_width(source)
-    out = lowering.output(node)
-    flat_out = lowering.rows_by_width(out)
-    if flat is None or flat_out is None or flat[2] != columns or not tensor_floats(source, out):
-        return False
-    rows, out_stride, width = flat_out
-    biases = [] if bias is None else [lowering.view(bias)]
-    if not all(_is_vector(view, width) for view in biases):
-        return False
-    is_low_bit = node.target is linear_wq.SPEC.overload
-    operands = [out, source, _matrix(lowering, weight, is_low_bit), *biases]
-    steps: list[Any] = [[out_stride], [flat[1]], *([] for _ in range(1 + len(biases)))]
-    attrs_i = (0, mode, int(bias is not None), 0)
-    dims = [rows, Extent(width), Extent(columns)]
-    lowering.add(Op.OP_LINEAR, operands, dims, steps, attrs_i)
-    return True
 
 
 def rms(lowering: Lowering, node: fx.Node) -> bool:
@@ -247,17 +170,11 @@ def _norm(
         return False
     rows, heads, width, row_stride, head_stride = shape
     # The kernel reads `width` weights, one after the other.
-    if not all(view is None or _is_vector(view, width) for view in weights):
+    if not all(view is None or is_vector(view, width) for view in weights):
         return False
     steps = [[shape_out[3], shape_out[4]], [row_stride, head_stride]]
     lowering.add(op, [out, source, *weights], [rows, heads, Extent(width)], steps, attrs_i, attrs_f)
     return True
-
-
-def _is_vector(view: View, size: int) -> bool:
-    """True for `size` floats, one after the other."""
-    is_dense = view.strides == row_major(view.extents)
-    return view.extents == (Extent(size),) and is_dense and tensor_floats(view)
 
 
 def _heads(view: View) -> tuple[Extent, Extent, int, int, int] | None:
@@ -307,7 +224,8 @@ def _check_rows(node: fx.Node, *rows: Extent) -> None:
 
 def write_cache(lowering: Lowering, node: fx.Node) -> bool:
     """Keys and values into the cache. Block size and blocks are filled in per cache."""
-    k_cache, v_cache, k, v, slots = (lowering.view(n) for n in node.args)
+    k_cache, v_cache = (lowering.opaque(n) for n in node.args[:2])
+    k, v, slots = (lowering.view(n) for n in node.args[2:])
     k_shape, v_shape = _heads(k), _heads(v)
     if k_shape is None or v_shape is None:
         k, v = lowering.dense(k), lowering.dense(v)
@@ -328,8 +246,9 @@ def write_cache(lowering: Lowering, node: fx.Node) -> bool:
 
 def paged(lowering: Lowering, node: fx.Node) -> bool:
     """Attention over the paged cache."""
-    names = ("q_BHTD", "k_cache", "v_cache", "block_tables", "query_start", "kv_lens")
-    q, *others = (lowering.view(argument(node, name)) for name in names)
+    names = ("k_cache", "v_cache", "block_tables", "query_start", "kv_lens")
+    others = [lowering.opaque(argument(node, name)) for name in names]
+    q = lowering.view(argument(node, "q_BHTD"))
     sinks = argument(node, "sinks_H")
     shape = _heads(q)
     if shape is None:
@@ -347,7 +266,7 @@ def paged(lowering: Lowering, node: fx.Node) -> bool:
     _check_cache(node, "k_cache", kv_heads, width)
     _check_cache(node, "v_cache", kv_heads, shape_out[2])
     sink_views = [] if sinks is None else [lowering.view(sinks)]
-    if not all(_is_vector(view, heads.mult) for view in sink_views):
+    if not all(is_vector(view, heads.mult) for view in sink_views):
         return False
     operands = [out, q, *others, *sink_views]
     steps: list[Any] = [shape_out[3:], [row_stride, head_stride]]
@@ -391,10 +310,6 @@ RULES: dict[object, Rule] = {
     aten.matmul.default: outer_product,
     aten.bmm.default: outer_product,
     aten.mm.default: outer_product,
-    aten.embedding.default: embedding,
-    embedding_wq.SPEC.overload: embedding_low_bit,
-    aten.linear.default: linear,
-    linear_wq.SPEC.overload: linear_low_bit,
     rms_norm.SPEC.overload: rms,
     aten.layer_norm.default: layer_normalised,
     layer_norm.SPEC.overload: layer_normalised,

@@ -180,7 +180,7 @@ def index_select(lowering: Lowering, node: fx.Node) -> bool:
     axis = int(argument(node, "dim"))
     if source.extents[axis].sym is Sym.SYM_ONE or source.dtype not in NATIVE_DTYPES:
         return False
-    # The kernel reads the numbers as they lie, and as int64.
+    # The kernel reads int64 numbers that lie side by side.
     if rows.dtype != torch.int64 or rows.strides != row_major(rows.extents):
         return False
     flat = lowering.rows_by_width(source)

@@ -153,6 +153,7 @@ def row_major(extents: Sequence[Extent]) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def elements_per_row(extents: Sequence[Extent]) -> int:
-    """Elements a unit of the symbol (all elements when there is none)."""
-    return math.prod(e.mult for e in extents)
+def total(extents: Sequence[Extent], itemsize: int) -> Extent:
+    """Bytes of a dense tensor; at most one axis may be symbolic."""
+    sym = next((e.sym for e in extents if e.sym is not Sym.SYM_ONE), Sym.SYM_ONE)
+    return Extent(math.prod(e.mult for e in extents) * itemsize, sym)

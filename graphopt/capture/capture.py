@@ -28,7 +28,7 @@ from graphopt.capture.torch_layers import torch_layers_as_written
 from graphopt.capture.untouched import check_forgets, each_run_untouched, untouched
 from graphopt.errors import CaptureError
 from graphopt.ir.graph import Graph
-from graphopt.ops.registry import load_all
+from graphopt.ir.opset import load_all
 
 Dynamic = Mapping[str, Mapping[int, str]]
 

@@ -28,9 +28,9 @@ from graphopt.capture.size_decisions import is_model_file
 from graphopt.errors import CaptureError
 from graphopt.ir.clean import remove_dead
 from graphopt.ir.graph import Graph, InputSpec, graph_module, tensor_inputs, value_name, where
+from graphopt.ir.opset import is_impure
 from graphopt.ir.plain_tensor import why_not_plain
 from graphopt.ir.shapes import DTYPE_NAMES, told_dtypes
-from graphopt.ops.registry import is_impure
 
 _WRITTEN = re.compile(r"Constant (\S+) is mutated in the forward method")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from graphopt.ir.opset import OpSpec
 from graphopt.ir.size_arithmetic import SIZE_FUNCTIONS
-from graphopt.ops.registry import OpSpec
 
 _LIBRARIES = {"transformers": "transformers.integrations.moe"}
 """Namespaces of ops that Hugging Face models are captured with -> the module that defines them."""

@@ -11,18 +11,8 @@ from torch import Tensor, fx
 
 from graphopt.errors import VerifyError
 from graphopt.ir.graph import Graph, argument, where
-from graphopt.ops.registry import spec_of
-
-STEP_INPUTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("tokens", ("rows",)),
-    ("positions", ("rows",)),
-    ("slots", ("rows",)),
-    ("query_start", ("requests_plus_1",)),
-    ("kv_lens", ("requests",)),
-    ("block_tables", ("requests", "block_columns")),
-    ("logit_rows", ("logit_rows",)),
-)
-"""The inputs of a serving graph before the caches, all int64, with their axes."""
+from graphopt.ir.opset import spec_of
+from graphopt.ir.step import STEP
 
 
 def check_serving_form(graph: Graph, blame: str = "") -> None:
@@ -31,17 +21,18 @@ def check_serving_form(graph: Graph, blame: str = "") -> None:
     if graph.dialect != "serving":
         return
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    steps, caches = inputs[: len(STEP_INPUTS)], inputs[len(STEP_INPUTS) :]
+    steps, caches = inputs[: len(STEP)], inputs[len(STEP) :]
     names = [str(node.target) for node in steps]
-    if names != [name for name, _ in STEP_INPUTS]:
+    if names != [step.name for step in STEP]:
         raise VerifyError(f"{blame}a serving graph does not begin with the inputs {names}")
     kinds = [spec.kind for spec in graph.inputs]
     if kinds != ["user"] * len(steps) + ["cache"] * len(caches) or len(caches) % 2:
         raise VerifyError(f"{blame}the inputs after a step's are not caches, in pairs")
-    for node, (_, axes) in zip(steps, STEP_INPUTS, strict=True):
+    for node, step in zip(steps, STEP, strict=True):
         found = node.meta["val"]
-        if found.dtype != torch.int64 or _axes(graph, found) != list(axes):
-            raise VerifyError(f"{blame}step input %{node.target} is not i64[{', '.join(axes)}]")
+        if found.dtype != torch.int64 or _axes(graph, found) != list(step.axes):
+            wanted = f"i64[{', '.join(step.axes)}]"
+            raise VerifyError(f"{blame}step input %{node.target} is not {wanted}")
     for node in caches:
         _check_cache(node, blame)
     _check_result(graph, blame)

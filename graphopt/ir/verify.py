@@ -27,9 +27,9 @@ from torch.utils import _pytree as pytree
 from graphopt.errors import VerifyError
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph, argument, where
+from graphopt.ir.opset import checks_values, is_impure, spec_of
 from graphopt.ir.serving_form import check_serving_form
 from graphopt.ir.shapes import DTYPE_NAMES, told_dtypes
-from graphopt.ops.registry import checks_values, is_impure, spec_of
 
 
 def verify(graph: Graph, after: str = "", trusted: Collection[fx.Node] = ()) -> None:

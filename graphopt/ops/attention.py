@@ -28,9 +28,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from graphopt.ir.opset import Cost, define, nbytes
 from graphopt.ops import operands
 from graphopt.ops import predicate as language
-from graphopt.ops.registry import Cost, define, nbytes
 
 SCHEMA = (
     "attention(Tensor q_BHSD, Tensor k_BGTD, Tensor v_BGTE, Tensor? mask=None, "

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graphopt.ir.opset import Cost, define, nbytes
 from graphopt.ir.weights import dequantize_codes
 from graphopt.ops import operands
 from graphopt.ops.linear_wq import check_weight
-from graphopt.ops.registry import Cost, define, nbytes
 
 SCHEMA = (
     "embedding_wq(Tensor ids, Tensor codes_NKp, Tensor scale_NG, Tensor? zero_NG=None, *, "

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphopt.ir.opset import Cost, define, nbytes
 from graphopt.ops import operands
-from graphopt.ops.registry import Cost, define, nbytes
 
 SCHEMA = 'geglu(Tensor gate, Tensor up, *, str approximate="none") -> Tensor'
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from graphopt.ir.opset import Cost, define, nbytes
 from graphopt.ops import operands
-from graphopt.ops.registry import Cost, define, nbytes
 
 SCHEMA = (
     "kv_write(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k_BGTD, Tensor v_BGTE, "

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graphopt.ir.opset import Cost, define, nbytes
 from graphopt.ops import operands
-from graphopt.ops.registry import Cost, define, nbytes
 
 SCHEMA = "layer_norm(Tensor x, Tensor? weight_D=None, Tensor? bias_D=None, *, float eps) -> Tensor"
 

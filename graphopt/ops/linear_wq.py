@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graphopt.ir.opset import Cost, define, nbytes
 from graphopt.ir.weights import dequantize_codes
 from graphopt.ops import operands
-from graphopt.ops.registry import Cost, define, nbytes
 
 SCHEMA = (
     "linear_wq(Tensor x, Tensor codes_NKp, Tensor scale_NG, Tensor? zero_NG=None, "

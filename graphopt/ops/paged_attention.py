@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import ScoreRangeError
+from graphopt.ir.opset import Cost, define, nbytes
 from graphopt.ops import attention, operands
-from graphopt.ops.registry import Cost, define, nbytes
 
 SCHEMA = (
     "paged_attention(Tensor q_BHTD, Tensor k_cache, Tensor v_cache, Tensor block_tables, "

@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graphopt.ir.opset import Cost, define, nbytes
 from graphopt.ops import operands
-from graphopt.ops.registry import Cost, define, nbytes
 
 SCHEMA = (
     "rope(Tensor x_BHSD, Tensor cos_BSR, Tensor sin_BSR, *, bool interleaved=False, "

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir.graph import Graph, argument, is_call, tensor_inputs
-from graphopt.ops.registry import spec_of
+from graphopt.ir.opset import spec_of
 
 aten = torch.ops.aten
 # They take sizes, dtypes or another tensor, and give the same values from any layout.

@@ -29,7 +29,7 @@ from graphopt.ir.builder import replace as replace_node
 from graphopt.ir.graph import Graph, argument, dtype_of, is_call, shape_of
 from graphopt.ops import layer_norm, rms_norm
 from graphopt.passes.base import Pass, Reject, Stage, Tier, not_floats
-from graphopt.passes.fuse.norm_factor import is_root_of_mean, read_factor
+from graphopt.passes.fuse.norm.factor import is_root_of_mean, read_factor
 from graphopt.passes.fuse.walk import CASTS, only_user, other_operand, uncast
 from graphopt.passes.registry import register
 

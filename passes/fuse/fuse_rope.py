@@ -24,7 +24,7 @@ from graphopt.ir.builder import GraphBuilder, replace
 from graphopt.ir.graph import Graph, argument, axis_of, dtype_of, is_call, shape_of
 from graphopt.ops import rope
 from graphopt.passes.base import Pass, Reject, Stage, Tier
-from graphopt.passes.fuse.rope_spelling import Turn, is_rotation, read_turn
+from graphopt.passes.fuse.rope.spelling import Turn, is_rotation, read_turn
 from graphopt.passes.fuse.walk import columns, emit_once, is_last_axis, only_user
 from graphopt.passes.registry import register
 

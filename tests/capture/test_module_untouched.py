@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from module_state import state_of, surroundings
-from run_graph import assert_close, run
-from tiny_models import tiny_llama
+from helpers.module_state import state_of, surroundings
+from helpers.run_graph import assert_close, run
+from helpers.tiny_models import tiny_llama
 from torch import Tensor, nn
 from transformers import Phi3Config, Phi3ForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from module_state import state_of
-from run_graph import assert_close
-from tiny_models import tiny_llama
+from helpers.module_state import state_of
+from helpers.run_graph import assert_close
+from helpers.tiny_models import tiny_llama
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers.utils import ModelOutput

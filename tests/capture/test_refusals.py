@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_graph import assert_close, run
+from helpers.run_graph import assert_close, run
 from torch import Tensor, nn
 
 from graphopt.capture import capture

@@ -104,6 +104,21 @@ def test_the_library_is_built_once_and_again_when_anything_changes(
     assert sorted(cache.glob("native/*")) == sorted([first, second, third])  # no leftovers
 
 
+def test_further_flags_make_another_library(
+    tiny_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = build.build_library(tmp_path)
+    (tiny_sources / "two.cpp").write_text(
+        '#include "one.h"\n#ifndef ANSWER\n#define ANSWER 2\n#endif\nint two() { return ANSWER; }\n'
+    )
+    two = build.build_library(tmp_path)
+    monkeypatch.setenv("GRAPHOPT_CXXFLAGS", "-DANSWER=5")
+    five = build.build_library(tmp_path)
+    assert len({plain, two, five}) == 3
+    assert ctypes.CDLL(str(five)).go_abi_version() == 5
+    assert build.build_library(tmp_path, extra=()) == two
+
+
 def test_two_builders_at_once(tiny_sources: Path, tmp_path: Path) -> None:
     results: list[Path] = []
     builders = [

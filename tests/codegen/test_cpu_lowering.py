@@ -10,9 +10,10 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.codegen.backend import check_weights
 from graphopt.codegen.cpu.abi import Op
+from graphopt.codegen.cpu.executable import CpuServing
 from graphopt.codegen.cpu.packing import pack_dense
 from graphopt.errors import BackendError
-from graphopt.program import Program
+from graphopt.program.program import Program
 
 WIDTH, VOCABULARY = 48, 29
 IDS = torch.ones((2, 8), dtype=torch.int64)
@@ -99,6 +100,28 @@ def test_a_weight_that_is_broadcast(cls: type[Layer]) -> None:
     program = close_to_eager(model)
     used = {instr.op for instr in program.executable._instrs()}  # type: ignore[attr-defined]
     assert not used & {Op.OP_RMS_NORM, Op.OP_LAYER_NORM}
+
+
+class MixedCat(Layer):
+    """Parts of two dtypes side by side; the result is then cast back."""
+
+    def __init__(self, first: torch.dtype, second: torch.dtype) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+        self.head = nn.Linear(2 * WIDTH, VOCABULARY)
+
+    def layer(self, x_BSD: Tensor) -> Tensor:
+        both = [(3 * x_BSD).to(self.first), (5 * x_BSD).to(self.second)]
+        return torch.cat(both, -1).to(torch.float32)
+
+
+@pytest.mark.parametrize("second", [torch.float16, torch.bfloat16, torch.int64, torch.float32])
+@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16, torch.int32])
+def test_cat_of_two_dtypes(first: torch.dtype, second: torch.dtype) -> None:
+    program = close_to_eager(MixedCat(first, second))
+    assert isinstance(program.executable, CpuServing)
+    on_host = [text for text in program.executable.plan.host_steps if "cat" in text]
+    assert bool(on_host) == (first != second)
 
 
 @pytest.mark.parametrize("axis", [2, 3, -1])

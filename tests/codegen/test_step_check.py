@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
-from serving_steps import Steps
-from tiny_models import tiny_llama
+from helpers.serving_steps import Steps
+from helpers.tiny_models import tiny_llama
 from torch import Tensor, nn
 
 import graphopt
 from graphopt.codegen.cpu.backend import CpuBackend
 from graphopt.codegen.cpu.build import load_library
-from graphopt.codegen.reference import ReferenceBackend
-from graphopt.errors import BackendError, VerifyError
-from graphopt.ir.parser import parse_graph
-from graphopt.ir.printer import print_graph
+from graphopt.codegen.reference import ReferenceBackend, TensorCache
+from graphopt.errors import BackendError, CapacityError, GraphoptError, VerifyError
+from graphopt.ir.graph import Graph
+from graphopt.ir.text.parser import parse_graph
+from graphopt.ir.text.printer import print_graph
 
 
 @pytest.fixture(scope="module")
 def program() -> graphopt.Program:
     return graphopt.compile(tiny_llama(), threads=2)
+
+
+@pytest.fixture(scope="module")
+def serving() -> Graph:
+    graph = graphopt.compile(tiny_llama(), backend="reference").serving
+    assert graph is not None
+    return graph
 
 
 def step_inputs() -> dict[str, Tensor]:
@@ -67,19 +76,108 @@ def test_step_inputs_out_of_range(
     assert torch.equal(executable(cache, **step_inputs()), good)
 
 
+@pytest.mark.parametrize("count", [0, 6, 500])
+def test_as_many_rows_of_logits_as_there_are_rows(program: graphopt.Program, count: int) -> None:
+    """The arena has room for one a row."""
+    executable = program.executable
+    inputs = step_inputs() | {"logit_rows": torch.full((count,), 2)}
+    with pytest.raises(BackendError, match="step input 'logit_rows' points outside the 5 rows"):
+        executable(executable.new_cache(6, 4), **inputs)
+
+
+@pytest.mark.parametrize("name", list(step_inputs()))
+@pytest.mark.parametrize("wrong", ["short", "long", "empty", "int32", "apart", "wide"])
+def test_step_inputs_of_another_shape_or_dtype(
+    program: graphopt.Program, name: str, wrong: str
+) -> None:
+    executable = program.executable
+    cache, inputs = executable.new_cache(6, 4), step_inputs()
+    value = inputs[name]
+    if name == "logit_rows" and wrong in ("short", "long"):
+        pytest.skip("any number of rows may be wanted")
+    inputs[name] = {
+        "short": value[:-1],
+        "long": torch.cat([value, value]),
+        "empty": value[:0],
+        "int32": value.int(),
+        "apart": torch.stack([value, value], -1)[..., 0],
+        "wide": value.unsqueeze(-1),
+    }[wrong]
+    with pytest.raises(BackendError, match="step input '"):
+        executable(cache, **inputs)
+    executable(cache, **step_inputs())
+
+
+CHANGED_CACHES: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
+    "fewer heads": lambda tensors: [t[:, :, :1].contiguous() for t in tensors],
+    "narrower": lambda tensors: [t[..., :8].contiguous() for t in tensors],
+    "fewer layers": lambda tensors: tensors[:2],
+    "more layers": lambda tensors: [*tensors, *tensors],
+    "uneven": lambda tensors: [*tensors[1:], tensors[0][:5]],
+    "apart": lambda tensors: [*tensors[1:], torch.stack([tensors[0]] * 2, -1)[..., 0]],
+    "dtype": lambda tensors: [*tensors[1:], tensors[0].double()],
+}
+
+
+@pytest.mark.parametrize("change", list(CHANGED_CACHES))
+def test_caches_of_another_program_are_refused(program: graphopt.Program, change: str) -> None:
+    good = program.executable(program.executable.new_cache(6, 4), **step_inputs())
+    cache = program.executable.new_cache(6, 4)
+    changed = CHANGED_CACHES[change](list(cache.tensors))  # type: ignore[attr-defined]
+    with pytest.raises(BackendError, match="this cache was made by another executable"):
+        program.executable(TensorCache(tuple(changed)), **step_inputs())
+    assert torch.equal(program.executable(cache, **step_inputs()), good)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("input %positions : i64[rows]", "input %positions : i64[logit_rows]"),
+        ("input %slots : i64[rows]", "input %slots : i64[requests]"),
+        ("input %logit_rows : i64[logit_rows] user", "input %logit_rows : i64[logit_rows] user\n"
+         "input %more : i64[rows] user"),
+    ],
+)  # fmt: skip
+def test_inputs_that_no_step_gives_are_refused(serving: Graph, old: str, new: str) -> None:
+    text = print_graph(serving)
+    assert old in text
+    notes: list[str] = []
+    try:
+        graph = parse_graph(text.replace(old, new), serving.weights)
+        CpuBackend(load_library(), 1, notes.append).lower_serving(graph, None, None)
+    except GraphoptError:
+        return
+    assert len(notes) == 1
+
+
 @pytest.mark.parametrize(
     ("old", "new"),
     [("%slots)", "%tokens)"), ("%query_start, %kv_lens", "%kv_lens, %query_start")],
 )
-def test_a_graph_that_hands_cache_ops_other_numbers_is_refused(old: str, new: str) -> None:
-    serving = graphopt.compile(tiny_llama(), backend="reference").serving
-    assert serving is not None
+def test_a_graph_that_hands_cache_ops_other_numbers_is_refused(
+    serving: Graph, old: str, new: str
+) -> None:
     text = print_graph(serving)
     assert old in text
     graph = parse_graph(text.replace(old, new), serving.weights)
     for backend in (ReferenceBackend(), CpuBackend(load_library())):
         with pytest.raises(VerifyError, match="is not the step input"):
             backend.lower_serving(graph, None, None)
+
+
+def test_no_memory_for_a_step(program: graphopt.Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    executable = program.executable
+    cache = executable.new_cache(6, 4)
+    good = executable(cache, **step_inputs())
+
+    def full(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("not enough memory: you tried to allocate 1 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", full)
+        with pytest.raises(CapacityError, match="not enough memory to compute 5 token rows"):
+            executable(cache, **step_inputs())
+    assert torch.equal(executable(cache, **step_inputs()), good)
 
 
 def test_threads_share_a_program(program: graphopt.Program) -> None:

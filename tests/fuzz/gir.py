@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from graphopt.check.golden import read_golden
 from graphopt.errors import ProgramFormatError, VerifyError
-from graphopt.golden import read_golden
 from graphopt.ir.graph import Graph
-from graphopt.ir.parser import GraphReader
-from graphopt.ir.printer import canonical_text, print_graph
+from graphopt.ir.text.parser import GraphReader
+from graphopt.ir.text.printer import canonical_text, print_graph
 from graphopt.ir.verify import verify
 
 from .harness import WrongError
@@ -57,8 +57,8 @@ _LINES = (
 
 def seed_texts() -> list[str]:
     """Golden graphs before and after, and a tiny model captured, fused and served."""
-    from run_graph import CLEANUP, FUSE, apply
-    from tiny_models import tiny_llama
+    from helpers.run_graph import CLEANUP, FUSE, apply
+    from helpers.tiny_models import tiny_llama
 
     from graphopt.capture import capture
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.program import Program
+from graphopt.program.program import Program
 
 from . import gir
 from .harness import WrongError

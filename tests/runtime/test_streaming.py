@@ -201,3 +201,27 @@ def test_an_engine_in_use_says_so_to_other_threads() -> None:
     assert list(done.tokens) == greedy([1, 2, 3], 2)
     assert len(told) == 6
     assert all("another thread is using this engine" in text for text in told)
+
+
+def test_a_step_gives_no_events_of_streams() -> None:
+    """Each stream gives them itself: nothing comes twice."""
+    engine = Engine(FakeExecutable())
+    stream = engine.stream([1, 2], SamplingParams(max_tokens=3))
+    mine = engine.submit([4], SamplingParams(max_tokens=3))
+    stepped = [event for _ in range(3) for event in engine.step()]
+    assert [(event.request_id, event.token) for event in stepped] == [
+        (mine, token) for token in greedy([4], 3)
+    ]
+    assert [event.token for event in stream] == greedy([1, 2], 3)
+    assert not engine.has_work
+
+
+def test_tokens_of_a_cancelled_request_that_a_stream_computed_are_given() -> None:
+    engine = Engine(FakeExecutable())
+    mine = engine.submit([4], SamplingParams(max_tokens=9))
+    stream = engine.stream([1, 2], SamplingParams(max_tokens=2))
+    assert len(list(stream)) == 2
+    assert engine.cancel(mine).finish_reason == "cancelled"
+    assert engine.has_work
+    assert [event.token for event in engine.step()] == greedy([4], 2)
+    assert not engine.has_work

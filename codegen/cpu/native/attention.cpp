@@ -268,6 +268,7 @@ class PagedAttention {
 void paged_attention(const Instr& instr, Context& ctx, int thread, int threads) {
   bool ok = instr.attrs_i[0] > 0 && instr.attrs_i[1] > 0 && instr.attrs_i[2] >= 0;
   for (int i : {0, 1, 2, 3, 7}) ok = ok && (!ctx.has(instr, i) || is_float(ctx.dtype(instr, i)));
+  for (int i : {4, 5, 6}) ok = ok && ctx.dtype(instr, i) == I64;
   ok = ok && ctx.dtype(instr, 2) == ctx.dtype(instr, 3);
   if (!ok) return ctx.fail(instr);
   PagedAttention(instr, ctx, thread, threads).run();

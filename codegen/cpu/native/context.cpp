@@ -31,6 +31,7 @@ void Barrier::wait() {
     if (spins < SPINS_BEFORE_YIELD) {
       pause();
     } else {
+      if (abandoned_.load(std::memory_order_relaxed)) throw Abandoned{};
       sched_yield();
     }
   }

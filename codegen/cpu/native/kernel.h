@@ -16,6 +16,8 @@
 namespace go {
 
 constexpr size_t CACHE_LINE = 64;
+// What go_run returns beside the number of an instruction.
+constexpr int64_t BAD_THREADS = -1, NO_MEMORY = -2, NO_THREAD = -3;
 
 // A grow-only aligned block of memory. Contents are lost when it grows.
 class Scratch {
@@ -31,6 +33,9 @@ class Scratch {
   size_t capacity_ = 0;
 };
 
+// Thrown in the threads of a run that wait for one which has given up.
+struct Abandoned {};
+
 // Centralised generation barrier: spins with pause, then yields so that an oversubscribed machine
 // still makes progress.
 class Barrier {
@@ -38,13 +43,17 @@ class Barrier {
   void reset(int threads) {
     threads_ = threads;
     arrived_.store(0, std::memory_order_relaxed);
+    abandoned_.store(false, std::memory_order_relaxed);
   }
+  // Throws Abandoned when a thread of the run will not arrive.
   void wait();
+  void abandon() { abandoned_.store(true, std::memory_order_relaxed); }
 
  private:
   int threads_ = 1;
   alignas(CACHE_LINE) std::atomic<int> arrived_{0};
   alignas(CACHE_LINE) std::atomic<uint32_t> generation_{0};
+  std::atomic<bool> abandoned_{false};
 };
 
 // Work counters of one instruction, for kernels that take work items dynamically.
@@ -88,6 +97,11 @@ class Context {
   // Reports an instruction this kernel cannot execute (dtype, attribute); go_run returns its
   // number + 1. The kernel must still take part in its barriers.
   void fail(const Instr& instr) { error_.store(&instr - instrs_ + 1, std::memory_order_relaxed); }
+  // Ends the run of a thread that has no memory; the others end at their next barrier.
+  void abandon() {
+    error_.store(NO_MEMORY, std::memory_order_relaxed);
+    barrier_.abandon();
+  }
   int64_t error() const { return error_.load(std::memory_order_relaxed); }
 
  private:

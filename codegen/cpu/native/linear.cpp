@@ -76,7 +76,7 @@ void embed(const Instr& instr, Context& ctx, int thread, int threads) {
   out.out_dtype = ctx.dtype(instr, 0);
   out.out_stride = instr.strides[0][0];
   out.outputs = depth;
-  if (!is_float(out.out_dtype)) return ctx.fail(instr);
+  if (!is_float(out.out_dtype) || ctx.dtype(instr, 1) != I64) return ctx.fail(instr);
   float* values = reinterpret_cast<float*>(ctx.scratch(thread, (depth + LANES) * sizeof(float)));
   const Range mine = share(rows, thread, threads);
   for (int64_t row = mine.begin; row < mine.end; ++row) {

@@ -19,9 +19,9 @@ void convert(const char* from, int from_dtype, char* to, int to_dtype, int64_t n
 }  // namespace
 
 void kv_write(const Instr& instr, Context& ctx, int thread, int threads) {
-  for (int i = 0; i < 4; ++i) {
-    if (!is_float(ctx.dtype(instr, i))) return ctx.fail(instr);
-  }
+  bool ok = ctx.dtype(instr, 4) == I64;
+  for (int i = 0; i < 4; ++i) ok = ok && is_float(ctx.dtype(instr, i));
+  if (!ok) return ctx.fail(instr);
   const int64_t heads = ctx.dim(instr, 1);
   const int64_t widths[2] = {ctx.dim(instr, 2), ctx.dim(instr, 3)};
   const int64_t* slots = ctx.ptr<int64_t>(instr, 4);
@@ -47,7 +47,9 @@ void kv_write(const Instr& instr, Context& ctx, int thread, int threads) {
 
 void gather_rows(const Instr& instr, Context& ctx, int thread, int threads) {
   const int to = ctx.dtype(instr, 0), from = ctx.dtype(instr, 1);
-  if (to != from && !(is_float(to) && is_float(from))) return ctx.fail(instr);
+  bool ok = is_dtype(to) && (to == from || (is_float(to) && is_float(from)));
+  ok = ok && ctx.dtype(instr, 2) == I64;
+  if (!ok) return ctx.fail(instr);
   const int64_t width = ctx.dim(instr, 1);
   const int64_t* indices = ctx.ptr<int64_t>(instr, 2);
   float* buffer = reinterpret_cast<float*>(ctx.scratch(thread, width * sizeof(float)));

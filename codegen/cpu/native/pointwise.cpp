@@ -176,8 +176,6 @@ void put_integer(char* p, int dtype, int64_t value) {
   }
 }
 
-bool valid_dtype(int dtype) { return dtype >= F32 && dtype <= BOOL; }
-
 // A copy that reads integers or keeps the dtype.
 void copy_exactly(const Loop& loop, char* out, int to, char* a, int from, int thread, int threads) {
   loop.run(thread, threads, [&](const int64_t* first, int64_t n) {
@@ -206,7 +204,7 @@ void copy_exactly(const Loop& loop, char* out, int to, char* a, int from, int th
 void unary(const Instr& instr, Context& ctx, int thread, int threads) {
   const int to = ctx.dtype(instr, 0), from = ctx.dtype(instr, 1);
   const int64_t kind = instr.attrs_i[0];
-  if (kind < 0 || kind >= UNARY_COUNT || !valid_dtype(to) || !valid_dtype(from)) {
+  if (kind < 0 || kind >= UNARY_COUNT || !is_dtype(to) || !is_dtype(from)) {
     return ctx.fail(instr);
   }
   const Loop loop(instr, ctx, 2);

@@ -22,7 +22,8 @@ class Pool {
   std::mutex& run_mutex() { return run_mutex_; }
   // The context of the current run (its scratch memory is kept between runs).
   Context& context() { return context_; }
-  // Runs the task; requires run_mutex() to be held, 1 <= threads <= MAX_THREADS.
+  // Runs the task; requires run_mutex() to be held, 1 <= threads <= MAX_THREADS. Throws
+  // std::system_error, before anything runs, when a thread cannot be started.
   void run(Task task, void* argument, int threads);
 
   static constexpr int MAX_THREADS = 1024;

@@ -6,6 +6,7 @@
 namespace go {
 
 inline bool is_float(int dtype) { return dtype == F32 || dtype == BF16 || dtype == F16; }
+inline bool is_dtype(int dtype) { return dtype >= F32 && dtype <= BOOL; }
 inline int64_t item_size(int dtype) {
   constexpr int64_t SIZES[] = {4, 2, 2, 8, 4, 1, 1, 1};
   return SIZES[dtype];

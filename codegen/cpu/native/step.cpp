@@ -14,7 +14,8 @@ extern "C" {
 
 // inputs: addresses in the order of Input. Returns 0 when every slot is one of the cache's (or
 // negative), the queries of the requests follow each other and end with the last row, each request's
-// context holds its rows and is covered by blocks of the cache, and every logit row is a row.
+// context holds its rows and is covered by blocks of the cache, and every logit row is a row, with
+// at least one of them and no more than there are rows: the arena has room for so many.
 int64_t go_check_step(void* const* inputs, const int64_t* syms, int64_t block_size,
                       int64_t blocks) {
   const auto* slots = static_cast<const int64_t*>(inputs[SLOTS]);
@@ -24,7 +25,9 @@ int64_t go_check_step(void* const* inputs, const int64_t* syms, int64_t block_si
   const auto* logit_rows = static_cast<const int64_t*>(inputs[LOGIT_ROWS]);
   const int64_t rows = syms[SYM_TOKENS], requests = syms[SYM_REQUESTS];
   const int64_t columns = syms[SYM_BLOCK_COLUMNS];
-  for (int64_t i = 0; i < syms[SYM_LOGIT_ROWS]; ++i) {
+  const int64_t wanted = syms[SYM_LOGIT_ROWS];
+  if (wanted < 1 || wanted > rows) return bad(LOGIT_ROWS);
+  for (int64_t i = 0; i < wanted; ++i) {
     if (logit_rows[i] < 0 || logit_rows[i] >= rows) return bad(LOGIT_ROWS);
   }
   if (blocks == 0) return 0;
