@@ -9,6 +9,8 @@ import pytest
 import torch
 from helpers.tiny_models import CausalConvolution, tiny_llama
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import graphopt
 from graphopt.check.inputs import longest_sequence
@@ -83,7 +85,7 @@ def test_what_fits_is_computed(masked: Program) -> None:
         ({"mask": torch.rand(2, 4, 7)}, r"'mask' must be float32 \[batch, sequence, 8\], got"),
         ({"mask": torch.rand(2, 5, 8)}, "'sequence' is 4 in 'input_ids' axis 1 and 5 in 'mask'"),
         ({"mask": torch.rand(3, 4, 8)}, "'batch' is 2 in 'input_ids' axis 0 and 3 in 'mask'"),
-        ({"mask": torch.rand(2, 4, 8, device="meta")}, "'mask' is on meta, the program"),
+        ({"mask": torch.rand(2, 4, 8, device="meta")}, "'mask' is on meta, where tensors have no"),
         ({"input_ids": torch.full((2, 4), 31)}, r"'input_ids' holds ids 31\.\.31.*0\.\.30"),
         ({"kinds": torch.full((2, 4), -1)}, r"'kinds' holds ids -1\.\.-1.*0\.\.4"),
     ],
@@ -172,3 +174,77 @@ def test_positions_that_only_the_run_knows() -> None:
     assert program(torch.ones((1, 30), dtype=torch.int64)) is not None
     with pytest.raises(RequestError, match="an id or a position is outside its table"):
         program(torch.ones((1, 31), dtype=torch.int64))
+
+
+class Own(Tensor):
+    """A subclass."""
+
+
+ODD_TENSORS: dict[str, tuple[Any, str]] = {
+    "sparse": (lambda ids: ids.to_sparse(), "has the layout sparse_coo"),
+    "subclass": (lambda ids: ids.as_subclass(Own), "is a Own"),
+    "vmap": (None, "inside a transform of torch.func"),
+    "huge": (lambda ids: ids[:1, :1].expand(10**6, 10**6), "cannot be read: .*memory"),
+}
+
+
+@pytest.fixture(scope="module")
+def served() -> dict[str, Program]:
+    return {b: graphopt.compile(tiny_llama(layers=1), backend=b) for b in ("cpu", "reference")}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("kind", ODD_TENSORS)
+def test_tensors_that_are_not_plain_are_named(
+    served: dict[str, Program], backend: str, kind: str
+) -> None:
+    made, message = ODD_TENSORS[kind]
+    program, ids = served[backend], torch.ones((2, 4), dtype=torch.int64)
+    call = program if made is None else lambda ids: program(made(ids))
+    if made is None:
+        call = torch.vmap(lambda row: program(row[None]))
+    with pytest.raises(RequestError, match=message):
+        call(ids)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_tensors_without_values_are_named(served: dict[str, Program], backend: str) -> None:
+    ids = torch.ones((2, 4), dtype=torch.int64)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with pytest.raises(RequestError, match="FakeTensorMode traces without them"):
+            served[backend](ids)
+        fake = mode.from_tensor(ids)
+    with pytest.raises(RequestError, match="is a fake tensor"):
+        served[backend](fake)
+    with pytest.raises(RequestError, match="make_fx traces without them"):
+        make_fx(served[backend])(ids)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_where_the_caller_stands_makes_no_difference(
+    served: dict[str, Program], backend: str
+) -> None:
+    program = served[backend]
+    ids = torch.randint(0, 101, (2, 6))
+    expected, tokens = program(ids), program.generate([1, 2, 3], max_tokens=3)[0].tokens
+    torch.testing.assert_close(program(ids.t().contiguous().t()), expected, rtol=0, atol=0)
+    with torch.device("meta"):
+        torch.testing.assert_close(program(ids), expected, rtol=0, atol=0)
+        assert program.generate([1, 2, 3], max_tokens=3)[0].tokens == tokens
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(program(ids), expected, rtol=0, atol=0)
+    with torch.inference_mode():
+        assert torch.equal(program(ids), expected)
+    found = torch.compile(lambda x: program(x), backend="eager")(ids)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_forward_graph_stands_in_no_autocast_either() -> None:
+    model = nn.Linear(8, 8).eval()
+    program = graphopt.compile(model, torch.randn(3, 8))
+    x = torch.randn(3, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = program(x)
+    assert isinstance(found, Tensor)
+    assert not found.requires_grad
+    torch.testing.assert_close(found, model(x).detach())

@@ -59,6 +59,7 @@ _ASSUME = re.compile(
     r"(?:\s*#(?P<layer>[^|]*)(?:\|(?P<source>[^|]*)(?:\|(?P<site>.*))?)?)?"
 )
 _TYPE = re.compile(r"(?P<dtype>\w+)\s*\[(?P<sizes>.*)\]")
+_HALF = re.compile("[\ud800-\udfff]")
 _NUMBER = re.compile(r"[0-9]+")
 _GRAPH = re.compile(r"graph\s+(?P<name>\"(?:[^\"\\]|\\.)*\")\s+(?P<dialect>captured|serving)")
 MOST_WEIGHTS, MOST_SIZES, MOST_LIMITS = 1_000_000, 200, 1_000
@@ -96,6 +97,9 @@ class _Parser:
         return ProgramFormatError(f"line {self.line} of the graph text: {text}")
 
     def run(self, text: str) -> Graph:
+        half = _HALF.search(text)
+        if half is not None:
+            raise self.fail(f"{half[0]!r} is half a character, which no file holds")
         lines = text.splitlines()
         handlers: list[tuple[re.Pattern[str], Callable[[re.Match[str]], None]]] = [
             (_INPUT, self._input),
