@@ -107,6 +107,7 @@ def test_the_library_is_built_once_and_again_when_anything_changes(
 def test_further_flags_make_another_library(
     tiny_sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("GRAPHOPT_CXXFLAGS", raising=False)
     plain = build.build_library(tmp_path)
     (tiny_sources / "two.cpp").write_text(
         '#include "one.h"\n#ifndef ANSWER\n#define ANSWER 2\n#endif\nint two() { return ANSWER; }\n'
