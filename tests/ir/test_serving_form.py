@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_llama
+from helpers.tiny_models import tiny_llama
 
 import graphopt
 from graphopt.codegen.cpu.build import load_library
 from graphopt.codegen.reference import ReferenceBackend
 from graphopt.errors import GraphoptError, ProgramFormatError, VerifyError
-from graphopt.ir.parser import parse_graph
-from graphopt.ir.printer import print_graph
+from graphopt.ir.text.parser import parse_graph
+from graphopt.ir.text.printer import print_graph
 from graphopt.ir.verify import verify
 from graphopt.program import Program
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from graphopt.errors import ProgramFormatError
 from graphopt.ir.graph import Graph
-from graphopt.ir.parser import parse_graph
-from graphopt.ir.printer import print_graph
 from graphopt.ir.size_arithmetic import check_operands, check_size, number_of_results
+from graphopt.ir.text.parser import parse_graph
+from graphopt.ir.text.printer import print_graph
 
 HEAD = 'gir 1\ngraph "t" captured\ninput %x : f32[batch, 4] user\n'
 TAIL = "%0 : f32[batch, 4] = aten.relu(%x)\nreturn %0\n"

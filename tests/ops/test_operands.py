@@ -10,8 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphopt.errors import UnsupportedError
+from graphopt.ir.opset import load_all
 from graphopt.ops.predicate import check
-from graphopt.ops.registry import load_all
 
 SPECS = load_all()
 

@@ -14,7 +14,6 @@ from torch import nn
 
 import graphopt
 from graphopt.bisection import Bisection
-from graphopt.dump import Dump, read_dump
 from graphopt.errors import (
     GoldenError,
     GraphoptError,
@@ -22,10 +21,11 @@ from graphopt.errors import (
     ProgramFormatError,
     UnsupportedError,
 )
+from graphopt.files.paths import as_path, whole_folder
 from graphopt.models import load
-from graphopt.paths import as_path, whole_folder
 from graphopt.program import Program
-from graphopt.storage import load_report
+from graphopt.program.save import load_report
+from graphopt.record.dump import Dump, read_dump
 from graphopt.testing import GoldenGraph
 
 
