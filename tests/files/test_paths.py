@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt.bisection import Bisection
+from graphopt.check.bisect import Bisection
 from graphopt.errors import (
     GoldenError,
     GraphoptError,
@@ -23,7 +23,7 @@ from graphopt.errors import (
 )
 from graphopt.files.paths import as_path, whole_folder
 from graphopt.models import load
-from graphopt.program import Program
+from graphopt.program.program import Program
 from graphopt.program.save import load_report
 from graphopt.record.dump import Dump, read_dump
 from graphopt.testing import GoldenGraph
