@@ -26,7 +26,7 @@ FLAGS = [
 
 @pytest.fixture(scope="session")
 def program() -> Program:
-    return graphopt.compile(tiny_llama(4), backend="reference")
+    return graphopt.compile(tiny_llama(4))
 
 
 class ReturnsWeights(nn.Module):

@@ -306,7 +306,7 @@ def test_names_never_run(browser: Any, program: Program, tmp_path: Path) -> None
     records = json.dumps(subject.report.to_dict()).replace("model.layers.1", image)
     report = Report.from_dict(json.loads(records))
     file = tmp_path / "hostile.html"
-    hostile = Subject(f"{HOSTILE}{{{{data}}}}", Trace(steps), report)
+    hostile = Subject(f"{HOSTILE}{{{{data}}}}", Trace(steps), report, "cpu")
     file.write_text(render(page_data(hostile)), encoding="utf-8")
     watched = Watched(browser, file)
     page = watched.page
