@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-fast test-exhaustive sanitize install install-dev lint typecheck docs bench clean
+.PHONY: demo test test-fast test-exhaustive sanitize mutate install install-dev lint typecheck docs bench clean
 
 demo: install
 	$(BIN)/graphopt demo
@@ -40,6 +40,15 @@ test-exhaustive: install-dev
 sanitize: install-dev
 	$(BIN)/python tools/sanitize.py address
 	$(BIN)/python tools/sanitize.py thread --callers 8 --rounds 1000 --prove
+
+# Draws small changes of the source and says which of them no test notices: SEED=7 COUNT=20
+# AREA="masks fuse" TIMEOUT=60 (docs/reliability.md).
+SEED ?= 1
+COUNT ?= 100
+TIMEOUT ?= 120
+mutate: install-dev
+	$(BIN)/python -m tools.mutation --seed $(SEED) --count $(COUNT) --timeout $(TIMEOUT) \
+		$(addprefix --area ,$(AREA))
 
 lint:
 	$(BIN)/python -m ruff check --fix .

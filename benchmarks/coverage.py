@@ -1,16 +1,12 @@
 """How many attentions of 30 Hugging Face architectures become graphopt.attention, by road.
 
-Each family of `tests/hf_families.py` (a tiny random model) is captured by three roads, with and
-without a padding mask, cleaned and fused by every pass of those two stages, and compared with the
-eager model on fresh inputs of other sizes (`tests/hf_roads.py`). In the same process Inductor's own
-attention pass is counted on the eager model: `torch.compile` with AOTAutograd and the joint-graph
-patterns, the code generation after them replaced by running the graph. Inductor sees static shapes,
-which is the easier case for it. Every family runs in a process of its own, on one thread.
-
-    python benchmarks/coverage.py [--only NAME ...] [--jobs 2] [--timeout 600] [--no-inductor]
-                                  [--out benchmarks/results/coverage.json] [--doc docs/coverage.md]
-
-With --only nothing is written unless --out or --doc is given.
+Each family of `tests/helpers/hf_families.py` (a tiny random model) is captured by three roads, with
+and without a padding mask, cleaned and fused by every pass of those two stages, and compared with
+the eager model on fresh inputs of other sizes (`tests/helpers/hf_roads.py`). In the same process
+Inductor's own attention pass is counted on the eager model: `torch.compile` with AOTAutograd and
+the joint-graph patterns, the code generation after them replaced by running the graph. Inductor
+sees static shapes, which is the easier case for it. Every family runs in a process of its own, on
+one thread.
 """
 
 from __future__ import annotations
@@ -35,8 +31,16 @@ import transformers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))
 
-from hf_families import BY_NAME, FAMILIES, Family  # noqa: E402
-from hf_roads import EXAMPLE, FRESH, ROADS, TOLERANCE, call_of, measure, offers  # noqa: E402
+from helpers.hf_families import BY_NAME, FAMILIES, Family  # noqa: E402
+from helpers.hf_roads import (  # noqa: E402
+    EXAMPLE,
+    FRESH,
+    ROADS,
+    TOLERANCE,
+    call_of,
+    measure,
+    offers,
+)
 
 INDUCTOR = "inductor"
 MASKS = {"no mask": False, "mask": True}

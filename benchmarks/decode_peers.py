@@ -87,7 +87,7 @@ def compile_and_save(bits: str, folder: Path, threads: int) -> dict[str, Any]:
     import torch
 
     import graphopt
-    import graphopt.compiler
+    import graphopt.program.compile
     from graphopt.models import load
 
     imported, begin = memory("VmRSS"), time.perf_counter()
@@ -275,10 +275,11 @@ def worker(peer: str, gguf: str, threads: int) -> None:
         import torch
         import transformers
 
-        # Everything that the peers would import while they load.
-        import graphopt.compiler
         import graphopt.models
-        import graphopt.storage
+
+        # Everything that the peers would import while they load.
+        import graphopt.program.compile
+        import graphopt.program.save
 
         torch.set_num_threads(threads)
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}

@@ -7,6 +7,7 @@ with the paged KV cache held in an opaque `Cache` that the executable makes and 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from graphopt.errors import BackendError
 from graphopt.ir.graph import Graph
+from graphopt.record.calls import KernelCall
 
 
 class Cache(Protocol):
@@ -30,18 +32,6 @@ class ForwardExecutable(Protocol):
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run it; inputs in the order of `graph.inputs`."""
-
-
-@dataclass(frozen=True, slots=True)
-class KernelCall:
-    """What runs a value of the graph.
-
-    value: "%12". kernel: of the backend, or the op that torch runs. is_native: False for torch.
-    """
-
-    value: str
-    kernel: str
-    is_native: bool
 
 
 class ServingExecutable(Protocol):
@@ -99,6 +89,25 @@ class Backend(Protocol):
         self, graph: Graph, kv_dtype: torch.dtype | None, max_context: int | None
     ) -> ServingExecutable:
         """Lower a serving graph. kv_dtype: storage of keys and values, None: as in the graph."""
+
+
+@dataclass(frozen=True, slots=True)
+class BackendKind:
+    """A backend as the registry knows it, before it is made ready.
+
+    name: as given to `compile(backend=...)`. make: the backend; raises BackendError where this
+    machine cannot run it. It is told how many threads were asked for (None: as many as torch uses)
+    and whom to tell of a fallback. kernel_calls: what would run each value of a serving graph,
+    planned from shapes alone; raises BackendError when there is no plan for the graph. has_threads:
+    whether it has a pool of its own, so that a number of threads can be asked for. falls_back: run
+    on the reference backend, with a note, where `make` raises.
+    """
+
+    name: str
+    make: Callable[[int | None, Callable[[str], None]], Backend]
+    kernel_calls: Callable[[Graph], tuple[KernelCall, ...]]
+    has_threads: bool = False
+    falls_back: bool = False
 
 
 def check_weights(graph: Graph) -> None:

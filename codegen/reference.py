@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from graphopt.codegen.backend import Cache, KernelCall, check_weights
-from graphopt.errors import BackendError, CapacityError
+from graphopt.codegen.backend import BackendKind, Cache, check_weights
+from graphopt.errors import BackendError, CapacityError, GraphoptError
 from graphopt.ir.graph import Graph, op_name
-from graphopt.ir.verify import check_step_inputs
-from graphopt.passes.cache.insert_kv_cache import STEP_INPUTS
+from graphopt.ir.serving_form import check_serving_form
+from graphopt.ir.step import STEP
+from graphopt.record.calls import KernelCall
 
 KV_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def runnable(graph: Graph) -> fx.GraphModule:
-    """The graph as a GraphModule that runs: weights are attached under flat names."""
+    """The graph as a GraphModule that runs: weights and inputs have names of their own, since those
+    of the model may mean something in the code that FX writes."""
     check_weights(graph)
     names: dict[str, str] = {}
     new_fx = fx.Graph()
@@ -33,10 +37,26 @@ def runnable(graph: Graph) -> fx.GraphModule:
             flat = names.setdefault(str(node.target), f"weight_{len(names)}")
             root.register_buffer(flat, graph.weights[str(node.target)], persistent=False)
             copied[node] = new_fx.get_attr(flat)
+        elif node.op == "placeholder":
+            copied[node] = new_fx.placeholder(f"input_{len(copied)}")
         else:
             copied[node] = new_fx.node_copy(node, copied.__getitem__)
             copied[node].meta = {}
     return fx.GraphModule(root, new_fx)
+
+
+@contextmanager
+def as_defined(name: str) -> Iterator[None]:
+    """Within, ops compute what they say, whatever torch.autocast the caller is in, and what torch
+    raises becomes a BackendError; ids outside a table stay IndexErrors, which the caller can tell
+    better."""
+    try:
+        with torch.autocast("cpu", enabled=False), torch.no_grad():
+            yield
+    except (GraphoptError, IndexError):
+        raise
+    except Exception as error:
+        raise BackendError(f"{name} could not be run: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,7 +101,9 @@ def make_cache(
         raise refusal
     try:
         tensors = tuple(
-            torch.zeros((num_blocks, block_size, heads, width), dtype=kv_dtype or dtype)
+            torch.zeros(
+                (num_blocks, block_size, heads, width), dtype=kv_dtype or dtype, device="cpu"
+            )
             for heads, width, dtype in cache_shapes(graph)
         )
     except RuntimeError as error:
@@ -113,13 +135,19 @@ class ReferenceForward:
     """A captured graph, run node by node."""
 
     def __init__(self, graph: Graph) -> None:
-        self.module = runnable(graph)
+        self.name, self.module = graph.name, runnable(graph)
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Run it."""
-        with torch.no_grad():
+        """Run it. Raises BackendError for what an op refuses as it runs."""
+        with as_defined(self.name):
             outputs: tuple[Tensor, ...] = self.module(*inputs)
         return outputs
+
+
+def kernel_calls(graph: Graph) -> tuple[KernelCall, ...]:
+    """Every call runs by its definition."""
+    calls = (node for node in graph.nodes if node.op == "call_function")
+    return tuple(KernelCall(f"%{node.meta['number']}", op_name(node), False) for node in calls)
 
 
 class ReferenceServing:
@@ -130,10 +158,7 @@ class ReferenceServing:
         self.module = runnable(graph)
         self.vocab_size = vocabulary(graph)
         self.cache_bytes_per_token = cache_bytes_per_token(graph, kv_dtype)
-        calls = (node for node in graph.nodes if node.op == "call_function")
-        self.kernel_calls = tuple(
-            KernelCall(f"%{node.meta['number']}", op_name(node), False) for node in calls
-        )
+        self.kernel_calls = kernel_calls(graph)
 
     def original_weights(self) -> dict[str, Tensor]:
         """None: the weights stay in the graph."""
@@ -147,8 +172,8 @@ class ReferenceServing:
         """One step."""
         if not isinstance(cache, TensorCache):
             raise BackendError("this cache was made by another executable")
-        with torch.no_grad():
-            (logits,) = self.module(*(step[name] for name, _ in STEP_INPUTS), *cache.tensors)
+        with as_defined(self.graph.name):
+            (logits,) = self.module(*(step[declared.name] for declared in STEP), *cache.tensors)
         assert isinstance(logits, Tensor)
         return logits
 
@@ -166,5 +191,12 @@ class ReferenceBackend:
         self, graph: Graph, kv_dtype: torch.dtype | None, max_context: int | None
     ) -> ReferenceServing:
         """Lower a serving graph."""
-        check_step_inputs(graph)
+        check_serving_form(graph)
         return ReferenceServing(graph, kv_dtype, max_context)
+
+
+KIND = BackendKind(
+    name=ReferenceBackend.name,
+    make=lambda _threads, _note: ReferenceBackend(),
+    kernel_calls=kernel_calls,
+)

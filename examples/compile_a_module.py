@@ -4,7 +4,7 @@ import torch
 from rich.console import Console
 
 import graphopt
-from graphopt.models.llama_like import LlamaLike, LlamaLikeConfig
+from graphopt.models.reference.llama import LlamaLike, LlamaLikeConfig
 
 model = LlamaLike(LlamaLikeConfig()).eval()
 ids = torch.randint(0, 256, (2, 12))

@@ -4,43 +4,43 @@
     program = graphopt.compile("smollm2-135m")
     print(program.generate("The capital of France is", max_tokens=16)[0].text)
 
-Names are imported on first use, so a part of the package can be used without the rest. Only
-`capture` is imported at once: it is a function here and also the name of a subpackage, and the
-import system would otherwise put the subpackage in its place.
+Names are imported on first use: `import graphopt` alone waits for nothing, torch included.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from graphopt.capture import ModelSource, capture
-
 if TYPE_CHECKING:
-    from graphopt.bisection import Bisection, bisect
-    from graphopt.compiler import compile
-    from graphopt.dump import Dump
-    from graphopt.explainer import explain
-    from graphopt.explanation import Explanation
-    from graphopt.explorer import explore
+    from graphopt.capture.source import ModelSource
+    from graphopt.check.bisect import Bisection, bisect
+    from graphopt.inspect.explain import explain
+    from graphopt.inspect.explorer import explore
+    from graphopt.inspect.rows import Explanation
     from graphopt.ir.graph import Graph
     from graphopt.passes.registry import register_pass
-    from graphopt.program import Program
+    from graphopt.program.compile import compile
+    from graphopt.program.program import Program
+    from graphopt.program.save import load_program
+    from graphopt.record.dump import Dump
     from graphopt.runtime import SamplingParams
-    from graphopt.storage import load_program
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Bisection": "graphopt.bisection",
-    "Dump": "graphopt.dump",
-    "Explanation": "graphopt.explanation",
+    "Bisection": "graphopt.check.bisect",
+    "Dump": "graphopt.record.dump",
+    "Explanation": "graphopt.inspect.rows",
     "Graph": "graphopt.ir.graph",
-    "Program": "graphopt.program",
+    "ModelSource": "graphopt.capture.source",
+    "Program": "graphopt.program.program",
     "SamplingParams": "graphopt.runtime",
-    "bisect": "graphopt.bisection",
-    "compile": "graphopt.compiler",
-    "explain": "graphopt.explainer",
-    "explore": "graphopt.explorer",
-    "load_program": "graphopt.storage",
+    "bisect": "graphopt.check.bisect",
+    "compile": "graphopt.program.compile",
+    "explain": "graphopt.inspect.explain",
+    "explore": "graphopt.inspect.explorer",
+    "load_program": "graphopt.program.save",
     "register_pass": "graphopt.passes.registry",
 }
 
@@ -72,4 +72,24 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, "capture"})
+
+
+if TYPE_CHECKING:
+    from graphopt.capture.capture import capture
+else:
+
+    class _Package(ModuleType):
+        """`capture` is a function here and also the name of a subpackage, which the import system
+        puts in its place as soon as anything of it is imported: it is not let."""
+
+        @property
+        def capture(self) -> Any:
+            """`graphopt.capture(model)`."""
+            return import_module("graphopt.capture.capture").capture
+
+        @capture.setter
+        def capture(self, _module: ModuleType) -> None:
+            pass
+
+    sys.modules[__name__].__class__ = _Package

@@ -1,11 +1,13 @@
-"""Plugins: passes and ops of other installed distributions, found by their entry points.
+"""Plugins: passes, ops and backends of other installed distributions, found by their entry points.
 
     [project.entry-points."graphopt.passes"]      a module that registers passes, or a Pass class
     acme = "graphopt_acme.fuse_relu_squared"
     [project.entry-points."graphopt.ops"]         a module that defines ops
     acme = "graphopt_acme.relu_squared"
+    [project.entry-points."graphopt.backends"]    a graphopt.codegen.backend.BackendKind
+    acme = "graphopt_acme.backend:KIND"
 
-Each group is loaded once in a process. The registries of passes and ops ask for theirs.
+Each group is loaded once in a process. The registries of passes, ops and backends ask for theirs.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from typing import Any, Literal
 
 from graphopt.errors import PluginError
 
-Group = Literal["graphopt.passes", "graphopt.ops"]
-GROUPS: tuple[Group, ...] = ("graphopt.passes", "graphopt.ops")
+Group = Literal["graphopt.passes", "graphopt.ops", "graphopt.backends"]
+GROUPS: tuple[Group, ...] = ("graphopt.passes", "graphopt.ops", "graphopt.backends")
 
 
 @cache

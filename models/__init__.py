@@ -5,7 +5,7 @@ what a user's own model looks like to the compiler. They are imported by their o
 """
 
 from graphopt.models.builtin import BUILTINS, DEFAULT_MODEL
-from graphopt.models.generation_config import (
+from graphopt.models.hf.generation_config import (
     GenerationDefaults,
     end_token_ids,
     generation_defaults,

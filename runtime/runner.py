@@ -44,7 +44,7 @@ class Runner:
         logit_rows_L = query_start[1:][wanted or [-1]] - 1
         logits_LV = self.executable(
             self.cache,
-            tokens=torch.tensor([token for r in rows for token in r.tokens]),
+            tokens=torch.tensor([token for r in rows for token in r.tokens], device="cpu"),
             positions=torch.from_numpy(positions_T),
             slots=torch.from_numpy(slots_T),
             query_start=torch.from_numpy(query_start),

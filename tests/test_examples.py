@@ -106,7 +106,7 @@ def test_chat(tmp_path: Path) -> None:
 def test_wrong_rewrite(tmp_path: Path) -> None:
     """The rewrite that `graphopt bisect` finds is the one that the documentation prints."""
     script = str(ROOT / "examples" / "wrong_rewrite.py")
-    main = "from graphopt.cli import main; main()"
+    main = "from graphopt.cli.app import main; main()"
     command = [sys.executable, "-c", main, "bisect", script, "--out", "case"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 1, done.stderr
@@ -200,7 +200,7 @@ def acme(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_plugin_is_listed_with_its_origin(acme: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from graphopt.cli import main; main()", "passes"]
+    command = [sys.executable, "-c", "from graphopt.cli.app import main; main()", "passes"]
     environment = child_environment(PYTHONPATH=str(acme))
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=True

@@ -6,8 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from hf_families import BY_NAME, FAMILIES, padding
-from hf_roads import ROADS, TOLERANCE, Road, arrive, exported, measure, offers, relative_error
+from helpers.hf_families import BY_NAME, FAMILIES, padding
+from helpers.hf_roads import (
+    ROADS,
+    TOLERANCE,
+    Road,
+    arrive,
+    exported,
+    measure,
+    offers,
+    relative_error,
+)
 
 from graphopt.capture import capture
 from graphopt.errors import CaptureError

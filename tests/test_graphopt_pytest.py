@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import graphopt_pytest
-from graphopt.ops.registry import load_all
+from graphopt.ir.opset import load_all
 from graphopt.passes.registry import all_passes
 from graphopt.testing import GoldenGraph
 

@@ -23,28 +23,59 @@ PARTS = {
     "graphopt.models": ROOT / "models",
 }
 MODULES = {"graphopt_pytest": ROOT / "graphopt_pytest.py"}
-# Who may import whom: a package sees itself and what is listed, with everything below it.
-BASE = {"graphopt.errors", "graphopt.config", "graphopt.report", "graphopt.plugins"}
-IR = {"graphopt.ir", "graphopt.ops", *BASE}
+# Who may import whom, in the order of data: a room sees itself, what is listed, and the ground.
+GROUND = {
+    "graphopt.errors",
+    "graphopt.config",
+    "graphopt.plugins",
+    "graphopt.files",
+    "graphopt.__version__",
+}
+IR = {"graphopt.ir", *GROUND}
+OPS = {"graphopt.ops", *IR}
+RECORD = {"graphopt.record", *IR}
+PASSES = {"graphopt.passes", "graphopt.ops", *RECORD}
+RUNTIME = {"graphopt.runtime", "graphopt.codegen.backend", "graphopt.errors"}
+CHECK = {"graphopt.check", "graphopt.capture", "graphopt.models", "graphopt.codegen", *PASSES}
+PROGRAM = {"graphopt.program", "graphopt.runtime", *CHECK}
+INSPECT = {"graphopt.inspect", "graphopt.cost", "graphopt.testing", *PROGRAM}
 ARROWS = {
+    "graphopt.errors": set[str](),
+    "graphopt.config": {"graphopt.errors"},
+    "graphopt.plugins": {"graphopt.errors"},
+    "graphopt.files": {"graphopt.files", "graphopt.errors"},
     "graphopt.ir": IR,
-    "graphopt.ops": {"graphopt.ops", "graphopt.ir.weights", *BASE},
-    "graphopt.capture": {"graphopt.capture", *IR},
-    "graphopt.passes": {"graphopt.passes", *IR},
-    "graphopt.codegen": {"graphopt.codegen", "graphopt.passes", *IR},
-    "graphopt.runtime": {"graphopt.runtime", "graphopt.codegen", *BASE},
+    "graphopt.ops": OPS,
+    "graphopt.capture": {"graphopt.capture", *OPS},
+    "graphopt.record": RECORD,
+    "graphopt.cost": {"graphopt.cost", *OPS},
     "graphopt.models": {
         "graphopt.models",
-        "graphopt.capture",
+        "graphopt.capture.source",
         "graphopt.ir.weights",
         "graphopt.errors",
         "graphopt.config",
+        "graphopt.files",
     },
-    "graphopt.errors": set[str](),
-    "graphopt.config": {"graphopt.errors"},
-    "graphopt.report": {"graphopt.errors"},
-    "graphopt.plugins": {"graphopt.errors"},
+    "graphopt.passes": PASSES,
+    "graphopt.codegen": {"graphopt.codegen", "graphopt.ops", *RECORD},
+    "graphopt.runtime": RUNTIME,
+    "graphopt.check": CHECK,
+    "graphopt.program": PROGRAM,
+    "graphopt.testing": {"graphopt.testing", *PROGRAM},
+    "graphopt.inspect": INSPECT,
+    "graphopt.cli": {"graphopt.cli", *INSPECT},
 }
+# What a room must not know of another that it may import.
+NEVER = {
+    "graphopt.check": {"graphopt.codegen.cpu"},
+    "graphopt.program": {"graphopt.codegen.cpu", "graphopt.codegen.reference"},
+    "graphopt.inspect": {"graphopt.codegen.cpu", "graphopt.codegen.reference"},
+    "graphopt.cli": {"graphopt.codegen.cpu", "graphopt.codegen.reference"},
+}
+# The ground floor: what is not of the standard library.
+LEAN = {"graphopt.ir": {"torch", "sympy"}, "graphopt.ops": {"torch", "sympy"}}
+FLAT = {"__init__", "errors", "config", "plugins"}
 
 
 def sources() -> list[tuple[str, Path]]:
@@ -57,11 +88,17 @@ def sources() -> list[tuple[str, Path]]:
     return found
 
 
-def foreign_imports(code: str, allowed: set[str]) -> set[str]:
-    """Imports of graphopt that `allowed` does not cover, those inside functions too.
+def imported(code: str) -> set[str]:
+    """Modules that are imported, and what is imported from them, with all their parents."""
+    names: set[str] = set()
+    for name in imported_names(code):
+        parts = name.split(".")
+        names |= {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
+    return names
 
-    A relative import counts as foreign: it would work or fail with the place of the folder.
-    """
+
+def imported_names(code: str) -> set[str]:
+    """`import a.b` gives "a.b", `from a import b` too; those inside functions as well."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
@@ -69,9 +106,17 @@ def foreign_imports(code: str, allowed: set[str]) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             module = "." * node.level + (node.module or "")
             names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def foreign_imports(code: str, allowed: set[str]) -> set[str]:
+    """Imports of graphopt that `allowed` does not cover.
+
+    A relative import counts as foreign: it would work or fail with the place of the folder.
+    """
     return {
         name
-        for name in names
+        for name in imported_names(code)
         if name.split(".")[0] in ("graphopt", "")
         and not any(name == target or name.startswith(f"{target}.") for target in allowed)
     }
@@ -83,6 +128,27 @@ def test_imports_point_one_way(package: str) -> None:
     assert files
     for name, path in files:
         assert not foreign_imports(path.read_text(), ARROWS[package]), name
+
+
+def test_every_room_has_its_arrows() -> None:
+    rooms = {".".join(name.split(".")[:2]) for name, _ in sources()} - {"graphopt"}
+    assert rooms == set(ARROWS)
+    assert {path.stem for path in (ROOT / "graphopt").glob("*.py")} == FLAT
+
+
+@pytest.mark.parametrize("room", sorted(NEVER))
+def test_a_room_does_not_know(room: str) -> None:
+    for name, path in sources():
+        if name.startswith(f"{room}."):
+            assert not imported(path.read_text()) & NEVER[room], name
+
+
+@pytest.mark.parametrize("room", sorted(LEAN))
+def test_the_ground_floor_is_lean(room: str) -> None:
+    for name, path in sources():
+        if name.startswith(f"{room}."):
+            tops = {module.split(".")[0] for module in imported(path.read_text())}
+            assert tops - sys.stdlib_module_names - {"graphopt"} <= LEAN[room], name
 
 
 @pytest.mark.parametrize(
@@ -132,7 +198,7 @@ def test_the_wheel_holds_the_tree_and_nothing_else(installed: Path) -> None:
             if path.suffix in {".py", ".cpp", ".h"}:
                 inside = path.relative_to(folder).as_posix()
                 expected.add(f"{package.replace('.', '/')}/{inside}")
-    for path in (ROOT / "graphopt" / "explorer").rglob("*"):
+    for path in (ROOT / "graphopt" / "inspect" / "explorer").rglob("*"):
         if path.suffix in {".html", ".css", ".js", ".LICENSE", ".md"}:
             expected.add(path.relative_to(ROOT).as_posix())
     files = {p.relative_to(installed).as_posix() for p in installed.rglob("*") if p.is_file()}

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from plugin_files import installed, pass_code, write_plugin
+from helpers.plugin_files import installed, pass_code, write_plugin
 
 from graphopt import plugins
 from graphopt.errors import PassError, PluginError
-from graphopt.ops.registry import load_all
+from graphopt.ir.opset import load_all
 from graphopt.passes.base import Pass
 from graphopt.passes.registry import all_passes, default_passes, origin
 
@@ -80,7 +80,7 @@ def test_both_origins_of_a_name_are_told(tmp_path: Path) -> None:
 
 def test_ops_are_a_group_of_their_own(tmp_path: Path) -> None:
     code = (
-        "from graphopt.ops.registry import Cost, define\n"
+        "from graphopt.ir.opset import Cost, define\n"
         "SPEC = define('acmeops::half(Tensor x) -> Tensor', reference=lambda x: x / 2,\n"
         "              fake=lambda x: x.new_empty(x.shape), cost=lambda x: Cost(1.0, 1.0))\n"
     )

@@ -10,7 +10,7 @@ import torch
 
 import graphopt
 from graphopt.models import load
-from graphopt.program import Program
+from graphopt.program.program import Program
 
 pytestmark = pytest.mark.real_model
 

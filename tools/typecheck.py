@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("passes", "codegen", "runtime", "models")
+MODULES = ("graphopt_pytest",)
 
 
 def main() -> int:
@@ -23,10 +24,12 @@ def main() -> int:
                 (package / entry.name).symlink_to(entry)
         for part in PARTS:
             (package / part).symlink_to(ROOT / part)
-        (Path(scratch) / "graphopt_pytest.py").symlink_to(ROOT / "graphopt_pytest.py")
+        for module in MODULES:
+            (Path(scratch) / f"{module}.py").symlink_to(ROOT / f"{module}.py")
         command = [sys.executable, "-m", "mypy", "--strict", "--config-file"]
         command += [str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache")]
-        return subprocess.call([*command, "-p", "graphopt", "-m", "graphopt_pytest"], cwd=scratch)
+        named = [word for module in MODULES for word in ("-m", module)]
+        return subprocess.call([*command, "-p", "graphopt", *named], cwd=scratch)
 
 
 if __name__ == "__main__":

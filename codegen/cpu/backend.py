@@ -1,7 +1,7 @@
 """The cpu backend: serving graphs become native plans, captured graphs run on ATen.
 
-Needs a C++ compiler once per machine; `select` falls back to the reference backend, with a note,
-where there is none. So does the lowering of a graph that no native plan can run (float64).
+Needs a C++ compiler once per machine; where there is none the reference backend runs instead, with
+a note. So does the lowering of a graph that no native plan can run (float64).
 """
 
 from __future__ import annotations
@@ -10,20 +10,19 @@ from collections.abc import Callable
 
 import torch
 
-from graphopt.codegen.backend import Backend, check_weights
+from graphopt.codegen.backend import BackendKind, check_weights
 from graphopt.codegen.cpu.abi import NativeLibrary
 from graphopt.codegen.cpu.build import load_library
-from graphopt.codegen.cpu.executable import CpuServing, lower_serving
+from graphopt.codegen.cpu.executable import CpuServing, lower_serving, lowering_of
 from graphopt.codegen.cpu.packing import KernelWeight, pack_dense, pack_low_bit
-from graphopt.codegen.reference import ReferenceBackend, ReferenceForward, ReferenceServing
-from graphopt.errors import BackendError, UnsupportedError
+from graphopt.codegen.reference import ReferenceForward, ReferenceServing
+from graphopt.errors import BackendError
 from graphopt.ir.graph import Graph, argument
-from graphopt.ir.verify import check_step_inputs
+from graphopt.ir.serving_form import check_serving_form
 from graphopt.ir.weights import PackedWeight
 from graphopt.ops import embedding_wq, linear_wq
-from graphopt.report import LOGGER, Report
-
-BACKENDS = ("cpu", "reference")
+from graphopt.record.calls import KernelCall
+from graphopt.record.report import LOGGER
 
 
 class CpuBackend:
@@ -56,7 +55,7 @@ class CpuBackend:
         tensors); `CpuServing.original_weights` gives them back, bit for bit.
         """
         check_weights(graph)
-        check_step_inputs(graph)
+        check_serving_form(graph)
         readers = low_bit_readers(graph)
 
         def pack(name: str) -> KernelWeight:
@@ -102,14 +101,15 @@ def low_bit_readers(graph: Graph) -> dict[str, PackedWeight]:
     return found
 
 
-def select(name: str, report: Report, threads: int | None = None) -> Backend:
-    """The backend called `name`. Raises UnsupportedError for unknown names."""
-    if name == "reference":
-        return ReferenceBackend()
-    if name != "cpu":
-        raise UnsupportedError(f"backend {name!r} is not supported; supported: {BACKENDS}")
-    try:
-        return CpuBackend(load_library(), threads, report.note)
-    except BackendError as error:
-        report.note(f"cpu backend unavailable, running on the slow reference backend: {error}")
-        return ReferenceBackend()
+def kernel_calls(graph: Graph) -> tuple[KernelCall, ...]:
+    """What the native plan of a serving graph runs; no weights are read."""
+    return lowering_of(graph).run().kernel_calls
+
+
+KIND = BackendKind(
+    name=CpuBackend.name,
+    make=lambda threads, note: CpuBackend(load_library(), threads, note),
+    kernel_calls=kernel_calls,
+    has_threads=True,
+    falls_back=True,
+)

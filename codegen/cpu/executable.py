@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.codegen.backend import Cache, KernelCall
+from graphopt.codegen.backend import Cache
 from graphopt.codegen.cpu import rules_compute, rules_shape, rules_weights
 from graphopt.codegen.cpu.abi import Instr, NativeLibrary, Op, Sym, no_memory
 from graphopt.codegen.cpu.dtypes import NATIVE_DTYPES
@@ -33,7 +33,8 @@ from graphopt.codegen.reference import (
 )
 from graphopt.errors import BackendError
 from graphopt.ir.graph import Graph
-from graphopt.passes.cache.insert_kv_cache import STEP_INPUTS
+from graphopt.ir.step import STEP
+from graphopt.record.calls import KernelCall
 
 RULES = {**rules_shape.RULES, **rules_compute.RULES, **rules_weights.RULES}
 _CACHE_OPS = (Op.OP_KV_WRITE, Op.OP_PAGED_ATTENTION)
@@ -65,7 +66,7 @@ class CpuServing:
         self._logits_dtype: torch.dtype = logits.meta["val"].dtype
         self._library, self._threads = library, threads
         self._lock = threading.Lock()
-        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._arena = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._bases = (ctypes.c_void_p * (len(plan.externals) + 1))()
         self._syms = (ctypes.c_int64 * Sym.SYM_COUNT)(1)
         self._base_of = {name: base for base, name in enumerate(plan.externals, start=1)}
@@ -152,15 +153,17 @@ class CpuServing:
         try:
             needed = self.plan.arena_fixed + self.plan.arena_per_token * rows + 64
             if self._arena.numel() < needed:
-                self._arena = torch.empty(needed, dtype=torch.uint8)
-            logits = torch.empty((logit_rows.shape[0], self.vocab_size), dtype=self._logits_dtype)
+                self._arena = torch.empty(needed, dtype=torch.uint8, device="cpu")
+            logits = torch.empty(
+                (logit_rows.shape[0], self.vocab_size), dtype=self._logits_dtype, device="cpu"
+            )
         except RuntimeError as error:
             raise no_memory(rows) from error
         bases, syms = self._bases, self._syms
         bases[ARENA] = -(-self._arena.data_ptr() // 64) * 64
         self._set(LOGITS, logits)
-        for (name, _), value in zip(STEP_INPUTS, step, strict=True):
-            self._set(name, value)
+        for declared, value in zip(STEP, step, strict=True):
+            self._set(declared.name, value)
         syms[Sym.SYM_TOKENS] = rows
         syms[Sym.SYM_REQUESTS] = kv_lens.shape[0]
         syms[Sym.SYM_LOGIT_ROWS] = logit_rows.shape[0]
@@ -237,12 +240,11 @@ def _check_shapes(step: tuple[Tensor, ...]) -> None:
     columns = step[5].shape[-1] if step[5].dim() else 0
     wanted = (step[6].numel(),)
     shapes = ((rows,), (rows,), (rows,), (requests + 1,), (requests,), (requests, columns), wanted)
-    for place, (value, shape) in enumerate(zip(step, shapes, strict=True)):
+    for declared, value, shape in zip(STEP, step, shapes, strict=True):
         if value.shape != shape or value.dtype != torch.int64 or not value.is_contiguous():
-            name, axes = STEP_INPUTS[place]
             raise BackendError(
-                f"step input {name!r} is {value.dtype} {list(value.shape)}; it must be contiguous "
-                f"torch.int64 [{', '.join(axes)}]"
+                f"step input {declared.name!r} is {value.dtype} {list(value.shape)}; it must be "
+                f"contiguous torch.int64 [{', '.join(declared.axes)}]"
             )
 
 
@@ -254,6 +256,11 @@ def _size_of(cache: TensorCache) -> tuple[int, int]:
     return block_size, blocks
 
 
+def lowering_of(graph: Graph) -> Lowering:
+    """The lowering of a graph with all native rules; no weights are read."""
+    return Lowering(graph, RULES)
+
+
 def lower_serving(
     graph: Graph,
     library: NativeLibrary,
@@ -263,7 +270,7 @@ def lower_serving(
     threads: int,
 ) -> CpuServing:
     """Lower `graph`. `pack(name)` gives a weight's kernel layout."""
-    lowering = Lowering(graph, RULES)
+    lowering = lowering_of(graph)
     plan = lowering.run()
     # Packing releases the graph's copy: a weight that is read in both ways is kept before.
     vectors = {name: _owned(graph, name) for name in lowering.vectors}

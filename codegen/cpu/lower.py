@@ -19,16 +19,17 @@ from graphopt.codegen.cpu.dtypes import FLOATS, NATIVE_DTYPES
 from graphopt.codegen.cpu.plan import Plan, PlanBuilder
 from graphopt.codegen.cpu.plan_steps import HostStep, NativeStep
 from graphopt.codegen.cpu.views import Extent, View, row_major, total
+from graphopt.codegen.reference import as_defined
 from graphopt.errors import BackendError
 from graphopt.ir.graph import Graph, op_name, where
-from graphopt.ops.registry import is_impure
-from graphopt.passes.cache.insert_kv_cache import STEP_INPUTS
+from graphopt.ir.opset import is_impure
+from graphopt.ir.step import BLOCK_COLUMNS, LOGIT_ROWS, REQUESTS, ROWS, STEP
 
 SYMBOLS = {
-    "rows": Sym.SYM_TOKENS,
-    "requests": Sym.SYM_REQUESTS,
-    "logit_rows": Sym.SYM_LOGIT_ROWS,
-    "block_columns": Sym.SYM_BLOCK_COLUMNS,
+    ROWS: Sym.SYM_TOKENS,
+    REQUESTS: Sym.SYM_REQUESTS,
+    LOGIT_ROWS: Sym.SYM_LOGIT_ROWS,
+    BLOCK_COLUMNS: Sym.SYM_BLOCK_COLUMNS,
 }
 LOGITS = "logits"
 
@@ -53,7 +54,7 @@ class Lowering:
         self.vectors: dict[str, torch.dtype] = {}
         # Read by kernels that know their shape; nothing else may touch them.
         self._opaque = {spec.name for spec in graph.inputs if spec.kind == "cache"}
-        self._opaque |= {"query_start", "kv_lens", "block_tables"}
+        self._opaque |= {step.name for step in STEP if not step.is_per_row}
         self._symbols = {text: SYMBOLS.get(name) for text, name in graph.symbols.items()}
 
     def run(self) -> Plan:
@@ -73,7 +74,7 @@ class Lowering:
             buffer = self.plan.external(str(node.target))
             self._opaque_views[node] = View(buffer, value.dtype, (), ())
             return
-        axes = dict(STEP_INPUTS).get(str(node.target), ())
+        axes = next((step.axes for step in STEP if step.name == node.target), ())
         extents = tuple(Extent(1, SYMBOLS[axis]) for axis in axes)
         if not axes or self.extents(node) != extents or value.dtype != torch.int64:
             raise BackendError(
@@ -92,8 +93,12 @@ class Lowering:
             return
         self.plan.value = f"%{node.meta['number']}"
         apply = self._rules.get(node.target)
-        if apply is None or not apply(self, node):
-            self._host(node)
+        try:
+            if apply is None or not apply(self, node):
+                self._host(node)
+        # A rule reads numbers and shapes off a graph that may come from a file.
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+            raise BackendError(f"{where(node)} cannot be lowered: {error}") from error
 
     def _result(self, node: fx.Node) -> None:
         view = self.view(node)
@@ -132,8 +137,10 @@ class Lowering:
         if node in self._opaque_views:
             raise BackendError(f"%{node.target} is read by an op that is not made for it")
         if node not in self.views:
-            assert isinstance(node, fx.Node)
-            assert node.op == "get_attr", where(node)
+            if not isinstance(node, fx.Node):
+                raise BackendError(f"{node!r} is no tensor that the cpu backend could read")
+            if node.op != "get_attr":
+                raise BackendError(f"{where(node)} is no tensor that the cpu backend could read")
             name = str(node.target)
             value = node.meta["val"]
             extents = tuple(Extent(int(s)) for s in value.shape)
@@ -274,18 +281,19 @@ def host_step(lowering: Lowering, node: fx.Node) -> None:
     views = {n: lowering.view(n) for n in inputs}
     extents = {n: lowering.extent(n.meta["val"], n) for n in sizes}
     out = lowering.output(node)
-    target, args, kwargs = node.target, node.args, node.kwargs
+    target, args, kwargs, text = node.target, node.args, node.kwargs, where(node)
 
     def run(tensor: Callable[[View | Extent], Any]) -> None:
         def value(n: fx.Node) -> Any:
             return tensor(views[n]) if n in views else tensor(extents[n])
 
         assert callable(target)
-        result = target(*fx.node.map_arg(args, value), **fx.node.map_arg(kwargs, value))
-        tensor(out).copy_(result)
+        with as_defined(text):
+            result = target(*fx.node.map_arg(args, value), **fx.node.map_arg(kwargs, value))
+            tensor(out).copy_(result)
 
     views_used = (out, *views.values())
-    step = HostStep(run, views_used, where(node), op_name(node), lowering.plan.value)
+    step = HostStep(run, views_used, text, op_name(node), lowering.plan.value)
     lowering.plan.steps.append(step)
 
 

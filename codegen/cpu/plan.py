@@ -13,13 +13,13 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from graphopt.codegen.backend import KernelCall
 from graphopt.codegen.cpu.abi import Dim, Instr, Operand, Sym
 from graphopt.codegen.cpu.bounds import check_bounds
 from graphopt.codegen.cpu.dtypes import NATIVE_DTYPES
 from graphopt.codegen.cpu.plan_steps import External, HostStep, NativeStep, Step, Temporary
 from graphopt.codegen.cpu.views import Extent, View, total
 from graphopt.errors import BackendError
+from graphopt.record.calls import KernelCall
 
 ALIGNMENT = 64
 ARENA = 0

@@ -192,7 +192,9 @@ def rotary(lowering: Lowering, node: fx.Node) -> bool:
     shape, shape_out = _heads(source), _heads(out)
     if shape is None or shape_out is None or not tensor_floats(source, cos, sin, out):
         return False
-    if not cos.extents[0].is_one or not sin.extents[0].is_one:
+    tables = (cos.extents, sin.extents)
+    # The kernel reads a row of each table for each row, or one for all.
+    if any(not axes[0].is_one or axes[1] not in (shape[0], Extent(1)) for axes in tables):
         return False
     if cos.strides[2] != 1 or sin.strides[2] != 1:
         cos, sin = lowering.dense(cos), lowering.dense(sin)
@@ -214,6 +216,12 @@ def _check_cache(node: fx.Node, name: str, heads: int, width: int) -> None:
         )
 
 
+def _check_rows(node: fx.Node, *rows: Extent) -> None:
+    """Cache ops go by the step's token rows: another count would read beside its operands."""
+    if any(count != Extent(1, Sym.SYM_TOKENS) for count in rows):
+        raise BackendError(f"{where(node)} does not work on the token rows of the step")
+
+
 def write_cache(lowering: Lowering, node: fx.Node) -> bool:
     """Keys and values into the cache. Block size and blocks are filled in per cache."""
     k_cache, v_cache = (lowering.opaque(n) for n in node.args[:2])
@@ -225,6 +233,9 @@ def write_cache(lowering: Lowering, node: fx.Node) -> bool:
     if k_shape is None or v_shape is None or not tensor_floats(k, v):
         return False
     rows, heads, k_width = k_shape[:3]
+    _check_rows(node, rows, v_shape[0])
+    if v_shape[1] != heads:
+        return False
     steps = [[], [], k_shape[3:], v_shape[3:], [1]]
     _check_cache(node, "k_cache", heads.mult, k_width)
     _check_cache(node, "v_cache", heads.mult, v_shape[2])
@@ -248,6 +259,7 @@ def paged(lowering: Lowering, node: fx.Node) -> bool:
     if shape is None or shape_out is None or not tensor_floats(q, out):
         return False
     rows, heads, width, row_stride, head_stride = shape
+    _check_rows(node, rows)
     kv_heads = int(argument(node, "k_cache").meta["val"].shape[2])
     if heads.mult % kv_heads:
         return False
@@ -271,6 +283,8 @@ def gated(lowering: Lowering, node: fx.Node) -> bool:
     gate, up = (lowering.view(n) for n in node.args[:2])
     out = lowering.output(node)
     flat = [lowering.rows_by_width(v) for v in (out, gate, up)]
+    if not out.extents == gate.extents == up.extents:
+        return False
     if any(f is None for f in flat) or not tensor_floats(out, gate, up):
         return False
     if node.target is swiglu.SPEC.overload:

@@ -11,7 +11,7 @@ from graphopt.codegen.cpu.abi import Op, Sym
 from graphopt.codegen.cpu.dtypes import NATIVE_DTYPES
 from graphopt.codegen.cpu.lower import Lowering, Rule
 from graphopt.codegen.cpu.views import Extent, row_major
-from graphopt.ir.graph import argument
+from graphopt.ir.graph import argument, axis_of
 
 aten = torch.ops.aten
 
@@ -31,13 +31,19 @@ def transpose(lowering: Lowering, node: fx.Node) -> bool:
     """Two axes swapped."""
     source = lowering.view(node.args[0])
     rank = len(source.extents)
+    if not rank:
+        lowering.views[node] = source
+        return True
     first, second = (
         (int(argument(node, "dim0")), int(argument(node, "dim1")))
         if node.target is aten.transpose.int
         else (0, rank - 1)
     )
     order = list(range(rank))
-    order[first % rank], order[second % rank] = order[second % rank], order[first % rank]
+    order[axis_of(first, rank)], order[axis_of(second, rank)] = (
+        order[axis_of(second, rank)],
+        order[axis_of(first, rank)],
+    )
     lowering.views[node] = source.permuted(order)
     return True
 
@@ -46,7 +52,7 @@ def permute(lowering: Lowering, node: fx.Node) -> bool:
     """Axes in the given order."""
     source = lowering.view(node.args[0])
     rank = len(source.extents)
-    lowering.views[node] = source.permuted([int(d) % rank for d in argument(node, "dims")])
+    lowering.views[node] = source.permuted([axis_of(d, rank) for d in argument(node, "dims")])
     return True
 
 
@@ -65,7 +71,7 @@ def same(lowering: Lowering, node: fx.Node) -> bool:
 def slice_(lowering: Lowering, node: fx.Node) -> bool:
     """A range of a plain axis."""
     source = lowering.view(node.args[0])
-    axis = int(argument(node, "dim")) % len(source.extents)
+    axis = axis_of(argument(node, "dim"), len(source.extents))
     extent = lowering.extents(node)[axis]
     start = argument(node, "start") or 0
     if source.extents[axis].sym is not Sym.SYM_ONE:
@@ -76,6 +82,7 @@ def slice_(lowering: Lowering, node: fx.Node) -> bool:
     if not isinstance(start, int):
         return False
     size = source.extents[axis].mult
+    # As torch does: what begins before the axis begins with it.
     begin = min(start, size) if start >= 0 else max(start + size, 0)
     lowering.views[node] = source.narrowed(axis, begin, extent, int(argument(node, "step")))
     return True
@@ -84,7 +91,7 @@ def slice_(lowering: Lowering, node: fx.Node) -> bool:
 def select(lowering: Lowering, node: fx.Node) -> bool:
     """One index of a plain axis."""
     source = lowering.view(node.args[0])
-    axis = int(argument(node, "dim")) % len(source.extents)
+    axis = axis_of(argument(node, "dim"), len(source.extents))
     index = argument(node, "index")
     if source.extents[axis].sym is not Sym.SYM_ONE or not isinstance(index, int):
         return False
@@ -99,7 +106,7 @@ def select(lowering: Lowering, node: fx.Node) -> bool:
 def split(lowering: Lowering, node: fx.Node) -> bool:
     """Ranges of a plain axis."""
     source = lowering.view(node.args[0])
-    axis = int(argument(node, "dim")) % len(source.extents)
+    axis = axis_of(argument(node, "dim"), len(source.extents))
     if source.extents[axis].sym is not Sym.SYM_ONE:
         return False
     begin, parts = 0, []
@@ -114,7 +121,7 @@ def split(lowering: Lowering, node: fx.Node) -> bool:
 def unbind(lowering: Lowering, node: fx.Node) -> bool:
     """Every index of a plain axis."""
     source = lowering.view(node.args[0])
-    axis = int(argument(node, "dim")) % len(source.extents)
+    axis = axis_of(argument(node, "dim"), len(source.extents))
     extent = source.extents[axis]
     if extent.sym is not Sym.SYM_ONE:
         return False
@@ -139,7 +146,7 @@ def cat(lowering: Lowering, node: fx.Node) -> bool:
     """A copy into each part of the result."""
     parts = [lowering.view(part) for part in argument(node, "tensors")]
     extents = lowering.extents(node)
-    axis = int(argument(node, "dim")) % len(extents)
+    axis = axis_of(argument(node, "dim"), len(extents))
     dtype = node.meta["val"].dtype
     if extents[axis].sym is not Sym.SYM_ONE or any(p.dtype != dtype for p in parts):
         return False
@@ -157,7 +164,7 @@ def repeat(lowering: Lowering, node: fx.Node) -> bool:
     source, repeats = lowering.view(node.args[0]), argument(node, "repeats")
     if argument(node, "dim") is None:
         return False
-    axis = int(argument(node, "dim")) % len(source.extents)
+    axis = axis_of(argument(node, "dim"), len(source.extents))
     extent = source.extents[axis]
     if extent.sym is not Sym.SYM_ONE or extent.is_one:
         return False

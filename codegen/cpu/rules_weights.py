@@ -42,16 +42,18 @@ def _embed(lowering: Lowering, node: fx.Node, table: fx.Node, ids: fx.Node, bits
     table_rows, table_width = _matrix_shape(table, bits)
     if table_width != width:
         return False
-    weight = _matrix(lowering, table)
+    weight = _matrix(lowering, table, bits)
     attrs_i = (0, table_rows)
     steps = [[out_stride], [flat[1]], []]
     lowering.add(Op.OP_EMBED, [out, indices, weight], [rows, Extent(width)], steps, attrs_i, (1.0,))
     return True
 
 
-def _matrix(lowering: Lowering, node: fx.Node) -> View:
+def _matrix(lowering: Lowering, node: fx.Node, bits: int) -> View:
     """A weight that is read in a kernel layout. Its kind is filled in when it is packed."""
-    name = str(node.target).removesuffix(".codes")
+    name = str(node.target)
+    if bits:
+        name = name.removesuffix(".codes")
     buffer = lowering.plan.external(f"matrix:{name}")
     lowering.matrices[name] = name
     return View(buffer, torch.uint8, (), ())
@@ -100,7 +102,7 @@ def _linear(
     biases = [] if bias is None else [lowering.view(bias)]
     if not all(is_vector(view, width) for view in biases):
         return False
-    operands = [out, source, _matrix(lowering, weight), *biases]
+    operands = [out, source, _matrix(lowering, weight, bits), *biases]
     steps: list[Any] = [[out_stride], [flat[1]], *([] for _ in range(1 + len(biases)))]
     attrs_i = (0, mode, int(bias is not None), 0)
     dims = [rows, Extent(width), Extent(columns)]

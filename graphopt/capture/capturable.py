@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 import torch
 from torch import nn
 from torch.nn.modules import module as module_hooks
 
 from graphopt.errors import CaptureError
+from graphopt.ir.plain_tensor import why_not_plain
 
 _WRAPPERS: tuple[tuple[type[nn.Module], str, str], ...] = (
     (torch._dynamo.OptimizedModule, "torch.compile", "_orig_mod"),
@@ -67,3 +68,20 @@ def check_capturable(module: nn.Module, is_positional: bool) -> None:
             "capture runs inside torch.autocast, whose casts are no part of the model; leave the "
             "block, or use autocast inside forward"
         )
+
+
+def check_weights(module: nn.Module, packed: Container[str]) -> None:
+    """Raise CaptureError naming a parameter or buffer that has no values, or is no plain tensor.
+
+    packed: names of parameters that stay on the meta device, because a low-bit weight stands for
+    them.
+    """
+    own = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    stood_for = {id(tensor) for name, tensor in own if name in packed}
+    for name, tensor in own:
+        reason = None if id(tensor) in stood_for else why_not_plain(tensor)
+        if reason is not None:
+            raise CaptureError(f"weight {name!r} {reason}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
+from graphopt.capture.arguments import Example, bind, in_order, parameters_of
 from graphopt.capture.bounds import limits_of, limits_of_exported
-from graphopt.capture.capturable import check_capturable
+from graphopt.capture.capturable import check_capturable, check_weights
 from graphopt.capture.export import graph_from_exported
 from graphopt.capture.hf import attention_hooks
 from graphopt.capture.hf_probe import difference_found
@@ -28,9 +28,8 @@ from graphopt.capture.torch_layers import torch_layers_as_written
 from graphopt.capture.untouched import check_forgets, each_run_untouched, untouched
 from graphopt.errors import CaptureError
 from graphopt.ir.graph import Graph
-from graphopt.ops.registry import load_all
+from graphopt.ir.opset import load_all
 
-Example = Tensor | Sequence[Any] | Mapping[str, Any]
 Dynamic = Mapping[str, Mapping[int, str]]
 
 
@@ -72,18 +71,25 @@ def capture(
             "or what graphopt.models.load returned"
         )
     check_capturable(module, isinstance(example, (Tensor, Sequence)))
-    call, positional = _bind(module, example)
+    check_weights(module, source.packed)
+    call, positional = bind(module, example)
     # torch.export takes one tensor given twice for one input.
     call = {n: v.clone() if isinstance(v, Tensor) else v for n, v in call.items()}
     tensors = {name: value for name, value in call.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CaptureError("the example holds no tensor")
-    if isinstance(module, PreTrainedModel) and "use_cache" in _parameters(module):
+    if isinstance(module, PreTrainedModel) and "use_cache" in parameters_of(module):
         call.setdefault("use_cache", False)
     axes = _axes(tensors, dynamic)
-    call = _in_order(module, call)
-    with untouched(module), _materialised(module), torch_layers_as_written(), torch.no_grad():
-        graph = _graph(module, call, axes, strict, source.name, positional)
+    call = in_order(module, call)
+    try:
+        with untouched(module), _materialised(module), torch_layers_as_written(), torch.no_grad():
+            graph = _graph(module, call, axes, strict, source.name, positional)
+    except SystemExit as error:
+        raise CaptureError(
+            f"forward of {source.name} ends the process (SystemExit: {error.code!r}); take "
+            "sys.exit out of what it calls"
+        ) from error
     for name in list(graph.weights):
         if name in source.packed:
             graph.packed[name] = source.packed[name]
@@ -162,50 +168,6 @@ def _refuse_options(example: Example | None, dynamic: Dynamic | bool, strict: bo
                 f"{option}= has no effect on a program that is already exported; "
                 f"leave it out, or give {option}= for the nn.Module itself"
             )
-
-
-def _in_order(module: nn.Module, call: Mapping[str, Any]) -> dict[str, Any]:
-    """The order of forward's signature, then what falls into its **kwargs."""
-    named = {name: call[name] for name in _parameters(module) if name in call}
-    return {**named, **call}
-
-
-def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(module.forward).parameters
-
-
-def _bind(module: nn.Module, example: Example | None) -> tuple[dict[str, Any], list[str]]:
-    """The arguments by name, and which of them forward takes by position alone.
-
-    What falls into *args is called args_0, args_1, ...
-    """
-    parameters = _parameters(module)
-    by_position = inspect.Parameter.POSITIONAL_ONLY
-    names = [n for n, p in parameters.items() if p.kind in (by_position, p.POSITIONAL_OR_KEYWORD)]
-    positional = [n for n in names if parameters[n].kind is by_position]
-    if example is None:
-        if not names or names[0] != "input_ids":
-            raise CaptureError(
-                f"no example given, and the first argument of {type(module).__name__}.forward is "
-                f"{names[0] if names else 'missing'!r}, not 'input_ids'"
-            )
-        return {"input_ids": torch.ones((2, 16), dtype=torch.int64)}, positional
-    if isinstance(example, Tensor):
-        example = (example,)
-    if isinstance(example, Mapping):
-        unknown = [name for name in example if name not in parameters]
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        if unknown and not takes_any:
-            raise CaptureError(f"forward has no argument {unknown[0]!r}; it has {names}")
-        return dict(example), [n for n in positional if n in example]
-    if len(example) > len(names):
-        rest = next((n for n, p in parameters.items() if p.kind is p.VAR_POSITIONAL), None)
-        if rest is None:
-            raise CaptureError(f"{len(example)} example arguments for forward({', '.join(names)})")
-        names += [f"{rest}_{index}" for index in range(len(example) - len(names))]
-        positional = names
-    call = dict(zip(names, example, strict=False))
-    return call, [n for n in positional if n in call]
 
 
 def _axes(tensors: Mapping[str, Tensor], dynamic: Dynamic | bool) -> dict[str, dict[int, str]]:

@@ -12,21 +12,25 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
 
 from graphopt.capture.outputs import outputs_of
 from graphopt.capture.refusals import (
     refused_change,
+    refused_dtype,
     refused_layout,
     refused_node,
 )
 from graphopt.capture.size_decisions import is_model_file
 from graphopt.errors import CaptureError
 from graphopt.ir.clean import remove_dead
-from graphopt.ir.graph import Graph, InputSpec, graph_module, tensor_inputs, value_name
-from graphopt.ops.registry import is_impure
+from graphopt.ir.graph import Graph, InputSpec, graph_module, tensor_inputs, value_name, where
+from graphopt.ir.opset import is_impure
+from graphopt.ir.plain_tensor import why_not_plain
+from graphopt.ir.shapes import DTYPE_NAMES, told_dtypes
 
 _WRITTEN = re.compile(r"Constant (\S+) is mutated in the forward method")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
@@ -118,21 +122,20 @@ def graph_from_exported(
                 if target in program.state_dict
                 else program.constants[target]
             )
-            if type(data) not in (Tensor, nn.Parameter, nn.Buffer):
-                raise CaptureError(
-                    f"weight {target} is a {type(data).__name__}; graphopt takes plain tensors: "
-                    "dequantize or replace it first, or load quantized weights from a GGUF file"
-                )
+            _check_weight(target, data)
             # Tied weights become one weight, under the first name.
             shared = first_name.setdefault(id(data), target)
             weights.setdefault(shared, data.detach())
             lifted[input_spec.arg.name] = shared
         elif input_spec.kind is not InputKind.USER_INPUT:
-            raise CaptureError(f"graph input {input_spec.arg.name} of kind {input_spec.kind.name}")
+            raise CaptureError(
+                f"forward uses {input_spec.target or input_spec.arg.name}, an object that no graph "
+                f"can hold ({input_spec.kind.name}), such as a torch.Generator; draw or compute "
+                "what it gives outside, and pass that to forward"
+            )
 
     new = fx.Graph()
     notes: tuple[str, ...] = ()
-    random: list[str] = []
     mapping: dict[fx.Node, Any] = {}
     weight_nodes: dict[str, fx.Node] = {}
     inputs: list[InputSpec] = []
@@ -158,33 +161,24 @@ def graph_from_exported(
             is_op = isinstance(node.target, torch._ops.OpOverload)
             if not is_op and module not in ("_operator", "operator", "math", "torch"):
                 raise refused_node(node, place_of)
-            if is_random(node):
-                random.append(f"{node.target} ({source_of(node)})")
             made = new.node_copy(node, mapping.__getitem__)
         else:
             # A nested graph; the call that runs it says what it is.
             raise refused_node(next(iter(node.users), node), place_of)
-        if isinstance(value := node.meta.get("val"), Tensor) and value.layout != torch.strided:
-            raise refused_layout(node, source_of)
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(value, Tensor) and value.layout != torch.strided:
+                raise refused_layout(value, node, source_of)
+            if isinstance(value, Tensor) and value.dtype not in DTYPE_NAMES:
+                raise refused_dtype(value, node, source_of)
         made.meta = {
             "val": node.meta.get("val"),
             "layer": layer_of(node),
             "source": source_of(node),
         }
         mapping[node] = made
-    try:
-        gm = graph_module(new)
-    except SyntaxError as error:
-        raise CaptureError(
-            f"FX cannot name the weights of {name} in code: a module's name has a quote or a line "
-            f"end in it; rename the module ({error.text or error})"
-        ) from None
-    if random:
-        drawn = ", ".join(dict.fromkeys(random))
-        notes += (f"the model draws random numbers, so that no two runs are equal: {drawn}",)
     graph = Graph(
         name,
-        gm,
+        graph_module(new),
         tuple(inputs),
         weights,
         symbols=dict(symbol_names or {}),
@@ -192,7 +186,44 @@ def graph_from_exported(
     )
     remove_dead(graph)
     _number(graph)
+    drawn = dict.fromkeys(f"{node.target} ({node.meta['source']})" for node in random_calls(graph))
+    if drawn:
+        graph.notes += (
+            f"the model draws random numbers, so that no two runs are equal: {', '.join(drawn)}",
+        )
     return graph
+
+
+def random_calls(graph: Graph) -> list[fx.Node]:
+    """Calls whose values differ from run to run."""
+    return [node for node in graph.nodes if node.op == "call_function" and is_random(node)]
+
+
+def refuse_random(graph: Graph) -> None:
+    """Raise CaptureError naming the first call that draws random numbers.
+
+    A graph may have such calls, to be looked at and bisected; a program would answer each call with
+    something else, and nobody could say whether that is right.
+    """
+    for node in random_calls(graph):
+        raise CaptureError(
+            f"{graph.name} draws random numbers: {where(node)}; call model.eval(), give F.dropout "
+            "training=self.training, or draw them outside and pass them to forward"
+        )
+
+
+def _check_weight(name: str, data: Any) -> None:
+    """Raise CaptureError for a weight without values, that is no plain tensor, or of a dtype that
+    no graph has."""
+    reason = why_not_plain(data) if isinstance(data, Tensor) else f"is a {type(data).__name__}"
+    if reason is not None:
+        raise CaptureError(
+            f"weight {name!r} {reason}; quantized weights can be loaded from a GGUF file"
+        )
+    if data.dtype not in DTYPE_NAMES:
+        raise CaptureError(
+            f"weight {name!r} is {data.dtype}; convert it: graphs have {told_dtypes()}"
+        )
 
 
 def _number(graph: Graph) -> None:

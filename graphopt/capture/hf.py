@@ -23,7 +23,7 @@ from transformers.utils.generic import GeneralInterface
 
 from graphopt.capture.hf_layers import Layers, NotRepresentedError
 from graphopt.capture.hf_masks import MadeMasks
-from graphopt.ops.registry import load_all
+from graphopt.ir.opset import load_all
 
 _LOCK = threading.RLock()
 """Held by the one capture that has changed transformers' interfaces."""

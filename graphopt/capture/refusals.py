@@ -23,6 +23,7 @@ from torch import Tensor, fx
 
 from graphopt.capture.size_decisions import is_model_file
 from graphopt.errors import CaptureError
+from graphopt.ir.shapes import told_dtypes
 
 _FIXED = "dynamic=False captures the model for the sizes of the example alone"
 _PURE = "graphopt captures forwards that only compute"
@@ -337,12 +338,19 @@ def refused_node(node: fx.Node, source: Callable[[fx.Node], str]) -> CaptureErro
     return CaptureError(_told(what, node, source, mend))
 
 
-def refused_layout(node: fx.Node, source: Callable[[fx.Node], str]) -> CaptureError:
+def refused_layout(value: Tensor, node: fx.Node, source: Callable[[fx.Node], str]) -> CaptureError:
     """A value that is no dense tensor."""
-    layout = str(node.meta["val"].layout).removeprefix("torch.")
+    layout = str(value.layout).removeprefix("torch.")
     return CaptureError(
         _told(f"a tensor of layout {layout} is made", node, source, "use dense tensors (.to_dense)")
     )
+
+
+def refused_dtype(value: Tensor, node: fx.Node, source: Callable[[fx.Node], str]) -> CaptureError:
+    """A value of a dtype that no graph has."""
+    is_input = node.op == "placeholder"
+    what = f"input {node.name!r} is {value.dtype}" if is_input else f"{value.dtype} is made"
+    return CaptureError(_told(what, node, source, f"convert it: graphs have {told_dtypes()}"))
 
 
 def refused_change(

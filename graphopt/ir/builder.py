@@ -95,10 +95,17 @@ class GraphBuilder:
             self.graph.weights[name] = tensor
         data = self.graph.weights[name]
         node = self.graph.fx_graph.create_node("get_attr", name)
-        with self.mode:
-            node.meta["val"] = torch.empty(tuple(data.shape), dtype=data.dtype, device="cpu")
+        node.meta["val"] = self._stand_in(tuple(data.shape), data.dtype)
         self._describe(node, like)
         return node
+
+    def _stand_in(self, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+        """The fake value of a weight; those of one type share it."""
+        key = (id(self.mode), "weight", shape, dtype)
+        if key not in self.graph.inferred:
+            with self.mode:
+                self.graph.inferred[key] = torch.empty(shape, dtype=dtype, device="cpu")
+        return self.graph.inferred[key]
 
     def input(self, name: str, value: Any) -> fx.Node:
         """A placeholder with fake value `value`."""

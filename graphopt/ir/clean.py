@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graphopt.ir.graph import Graph
-from graphopt.ops.registry import checks_values, is_impure
+from graphopt.ir.opset import checks_values, is_impure
 
 
 def remove_dead(graph: Graph) -> int:

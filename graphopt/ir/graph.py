@@ -26,9 +26,8 @@ from torch import Tensor, fx
 
 from graphopt.ir.assumptions import Assumption
 from graphopt.ir.limits import Limit
-from graphopt.ir.names import weight_text
+from graphopt.ir.text.names import weight_text
 from graphopt.ir.weights import PackedWeight
-from graphopt.report import PassRecord
 
 InputKind = Literal["user", "cache"]
 
@@ -62,8 +61,9 @@ class Graph:
     dialect: Literal["captured", "serving"] = "captured"
     inferred: dict[Any, Any] = field(default_factory=dict, repr=False)
     """Shape inference already done, by op and operand types; shared by copies."""
-    records: tuple[PassRecord, ...] = field(default=(), repr=False)
-    """What passes did to this graph, in order; copies keep it, the textual form does not."""
+    records: tuple[Any, ...] = field(default=(), repr=False)
+    """What was done to this graph, in order, by whoever did it (`graphopt.record`): nothing here
+    reads it; copies keep it, the textual form does not."""
     next_number: int = 0
     """`number` of the next call."""
     limits: tuple[Limit, ...] = ()
@@ -109,7 +109,6 @@ class Graph:
         copied: dict[fx.Node, fx.Node] = {}
         for node in self.nodes:
             copied[node] = new_fx.node_copy(node, copied.__getitem__)
-            copied[node].meta = dict(node.meta)
         return Graph(
             self.name,
             graph_module(new_fx),
@@ -148,10 +147,11 @@ class Graph:
 
 
 def graph_module(fx_graph: fx.Graph) -> fx.GraphModule:
-    """A GraphModule around `fx_graph`. Weights are looked up in `Graph.weights`, not as attributes,
-    so the module is made empty first: FX refuses get_attr nodes without an attribute otherwise."""
+    """A GraphModule that holds `fx_graph`, and has no code: weights are looked up in
+    `Graph.weights`, not as attributes, and their names need not be Python's."""
     module = fx.GraphModule(torch.nn.Module(), fx.Graph())
-    module.graph = fx_graph
+    module._graph = fx_graph
+    fx_graph.owning_module = module
     return module
 
 
@@ -175,6 +175,11 @@ def is_call(value: object, *targets: object) -> bool:
 def shape_of(node: fx.Node) -> tuple[int | torch.SymInt, ...]:
     """Shape of a tensor node."""
     return tuple(node.meta["val"].shape)
+
+
+def axis_of(dim: Any, rank: int) -> int:
+    """Axis `dim` counted from the first; torch takes 0 and -1 for the axis of what has none."""
+    return int(dim) % rank if rank else 0
 
 
 def dtype_of(node: fx.Node) -> torch.dtype:

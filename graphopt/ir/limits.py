@@ -25,7 +25,7 @@ Relation = Literal["<=", ">=", "==", "!=", "%"]
 Cause = Literal["branch", "op"]
 
 _LINE = re.compile(
-    r"limit\s+(?P<size>.+?)\s*(?P<relation><=|>=|==|!=|%)\s*(?P<number>-?\d+)(?:\s*==\s*0)?"
+    r"limit\s+(?P<size>\S(?:[^<>=!%]*[^<>=!%\s])?)\s*(?P<relation><=|>=|==|!=|%)\s*(?P<number>-?\d+)(?:\s*==\s*0)?"
     r"\s+(?P<cause>branch|op)(?:\s*#(?P<source>.*))?"
 )
 _HOLDS: dict[str, Callable[[int, int], bool]] = {
@@ -35,12 +35,21 @@ _HOLDS: dict[str, Callable[[int, int], bool]] = {
     "!=": operator.ne,
     "%": lambda size, number: size % number == 0,
 }
+_LONGEST, _LARGEST, _LARGEST_EXPONENT = 20_000, 2**1024, 64
+
+
+def _power(base: int, exponent: int) -> int:
+    if not 0 <= exponent <= _LARGEST_EXPONENT:
+        raise ValueError(f"{exponent} is no exponent of a size: 0 to {_LARGEST_EXPONENT}")
+    return int(base**exponent)
+
+
 _OPERATORS: dict[type[ast.AST], Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.FloorDiv: operator.floordiv,
-    ast.Pow: operator.pow,
+    ast.Pow: _power,
 }
 _FUNCTIONS: dict[str, Callable[..., int]] = {"Mod": operator.mod, "Max": max, "Min": min}
 
@@ -77,7 +86,7 @@ class Limit:
         """True when `sizes`, which has every name of it, fulfils it."""
         try:
             found = _value(_parsed(self.size), sizes)
-        except ZeroDivisionError:
+        except (ArithmeticError, ValueError):
             return False
         return _HOLDS[self.relation](found, self.number)
 
@@ -122,7 +131,7 @@ class Limit:
 
 def read_limit(line: str) -> Limit | None:
     """Back from `Limit.line`; None for a line that is none."""
-    match = _LINE.fullmatch(line.strip())
+    match = _LINE.fullmatch(line.strip()) if len(line) <= 2 * _LONGEST else None
     if match is None or not is_size(match["size"]):
         return None
     if match["relation"] == "%" and int(match["number"]) < 1:
@@ -137,9 +146,9 @@ def is_size(text: str) -> bool:
     """True for an expression that a limit can be about."""
     try:
         _value(_parsed(text), _Anything())
-    except (SyntaxError, KeyError, ValueError, RecursionError):
+    except (SyntaxError, KeyError, ValueError, TypeError, RecursionError, MemoryError):
         return False
-    except (ZeroDivisionError, OverflowError):
+    except ArithmeticError:
         pass
     return True
 
@@ -187,10 +196,19 @@ class _Anything(Mapping[str, int]):
 
 @functools.lru_cache(maxsize=256)
 def _parsed(text: str) -> ast.expr:
+    if len(text) > _LONGEST:
+        raise ValueError(f"a size of {len(text):,} characters is none")
     return ast.parse(text, mode="eval").body
 
 
 def _value(tree: ast.expr, sizes: Mapping[str, int]) -> int:
+    found = _number(tree, sizes)
+    if abs(found) > _LARGEST:
+        raise OverflowError("a size beyond all memory")
+    return found
+
+
+def _number(tree: ast.expr, sizes: Mapping[str, int]) -> int:
     if isinstance(tree, ast.Constant) and type(tree.value) is int:
         return tree.value
     if isinstance(tree, ast.Name):

@@ -21,6 +21,8 @@ from torch.fx.experimental.symbolic_shapes import (
 
 from graphopt.ir.limits import Limit, fitting_size, lowest
 
+# What a graph may compute in. Every backend takes them all: where the cpu backend has no kernel
+# for one, torch runs the op.
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "f64",
     torch.float32: "f32",
@@ -33,10 +35,17 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.uint8: "u8",
     torch.bool: "b1",
     torch.complex64: "c64",
+    torch.complex128: "c128",
     torch.float8_e4m3fn: "f8e4m3",
     torch.float8_e5m2: "f8e5m2",
 }
 DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+def told_dtypes() -> str:
+    """All of them, for messages."""
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPE_NAMES)
+
 
 # Distinct and far from 0 and 1, so that no guess about a size is true by accident.
 _HINTS = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43)

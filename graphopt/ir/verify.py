@@ -9,7 +9,8 @@
 6. Only cache inputs are written to.
 7. Only known ops: ATen, those that `define` made (graphopt's, plugins') and integer arithmetic on
    sizes.
-8. In a serving graph, the numbers that cache ops follow into memory are step inputs, unchanged.
+8. Values are strided tensors with memory, of a dtype that graphs have.
+9. Outputs are tensors; a serving graph has the form of `serving_form.py`.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from graphopt.errors import VerifyError
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph, argument, where
-from graphopt.ops.registry import checks_values, is_impure, spec_of
+from graphopt.ir.opset import checks_values, is_impure, spec_of
+from graphopt.ir.serving_form import check_serving_form
+from graphopt.ir.shapes import DTYPE_NAMES, told_dtypes
 
 
 def verify(graph: Graph, after: str = "", trusted: Collection[fx.Node] = ()) -> None:
@@ -50,6 +54,7 @@ def verify(graph: Graph, after: str = "", trusted: Collection[fx.Node] = ()) -> 
         missing = [key for key in ("val", "layer", "source", "history") if key not in node.meta]
         if missing:
             raise VerifyError(f"{blame}{where(node)} has no {missing[0]!r}")
+        _check_values(node, blame)
         if node.op == "placeholder":
             placeholders.append(str(node.target))
         elif node.op == "get_attr":
@@ -67,24 +72,26 @@ def verify(graph: Graph, after: str = "", trusted: Collection[fx.Node] = ()) -> 
         has_effect = is_impure(node.target) or checks_values(node.target)
         if not node.users and node.op != "placeholder" and not has_effect:
             raise VerifyError(f"{blame}{where(node)} is dead")
-    check_step_inputs(graph, blame)
+    for node in graph.output_nodes:
+        if not isinstance(node.meta["val"], Tensor):
+            raise VerifyError(f"{blame}{where(node)} is returned and is no tensor")
+    check_serving_form(graph, blame)
     declared = [spec.name for spec in graph.inputs]
     if placeholders != declared:
         raise VerifyError(f"{blame}inputs are {placeholders}, declared are {declared}")
 
 
-def check_step_inputs(graph: Graph, blame: str = "") -> None:
-    """Invariant 8, which makes a graph from a file safe to run. Raises VerifyError."""
-    if graph.dialect != "serving":
-        return
-    for node in graph.nodes:
-        spec = spec_of(node.target)
-        for operand, name in spec.step_inputs.items() if spec else ():
-            value = argument(node, operand)
-            if not isinstance(value, fx.Node) or value.op != "placeholder" or value.target != name:
-                raise VerifyError(
-                    f"{blame}{operand} of {where(node)} is not the step input {name!r}"
-                )
+def _check_values(node: fx.Node, blame: str) -> None:
+    for value in pytree.tree_leaves(node.meta["val"]):
+        if not isinstance(value, Tensor):
+            continue
+        if value.layout != torch.strided or value.dtype not in DTYPE_NAMES:
+            raise VerifyError(
+                f"{blame}{where(node)} gives a tensor of {value.dtype} ({value.layout}), which no "
+                f"graph holds; it holds dense {told_dtypes()}"
+            )
+        if value.device.type == "meta":
+            raise VerifyError(f"{blame}{where(node)} gives a tensor on meta, which has no values")
 
 
 def _check_weight(graph: Graph, node: fx.Node, blame: str) -> None:

@@ -54,6 +54,32 @@ class PackedWeight:
         ).to(dtype)
 
 
+def owned(*tables: dict[str, Tensor]) -> None:
+    """Give every weight of these tables memory of its own, in place; a tensor that several have
+    stays one. Strides are kept, also those of a view that repeats its elements."""
+    copies: dict[int, Tensor] = {}
+    originals: list[Tensor] = []
+    for table in tables:
+        for name, data in table.items():
+            if data.device.type == "meta":
+                continue
+            if id(data) not in copies:
+                originals.append(data)
+                copies[id(data)] = _copy(data.detach())
+            table[name] = copies[id(data)]
+
+
+def _copy(data: Tensor) -> Tensor:
+    if 0 not in data.stride() or not data.numel():
+        return data.clone()
+    # clone would write a broadcast out.
+    narrow = data
+    for axis, step in enumerate(data.stride()):
+        if step == 0:
+            narrow = narrow.narrow(axis, 0, 1)
+    return narrow.clone().expand(data.shape)
+
+
 def unpack_codes(codes_NKp: Tensor, bits: int) -> Tensor:
     """Codes as `[N, K]` int16 whatever their storage."""
     if bits == 8:

@@ -28,8 +28,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from graphopt.ir.opset import Cost, define, nbytes
+from graphopt.ops import operands
 from graphopt.ops import predicate as language
-from graphopt.ops.registry import Cost, define, nbytes
 
 SCHEMA = (
     "attention(Tensor q_BHSD, Tensor k_BGTD, Tensor v_BGTE, Tensor? mask=None, "
@@ -178,9 +179,56 @@ def _combined(parts: list[Tensor], combine: Callable[[Tensor, Tensor], Tensor]) 
     return functools.reduce(combine, parts) if parts else None
 
 
-def fake(q_BHSD: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, *_: object, **__: object) -> Tensor:
+def check_groups(heads: operands.Size, groups: operands.Size) -> None:
+    """Raise ValueError for query heads that key/value heads do not divide."""
+    if isinstance(heads, int) and isinstance(groups, int):
+        is_fine = groups > 0 and heads % groups == 0
+        operands.require(is_fine, f"{heads} query heads cannot share {groups} key/value heads")
+
+
+def fake(
+    q_BHSD: Tensor,
+    k_BGTD: Tensor,
+    v_BGTE: Tensor,
+    mask: Tensor | None = None,
+    pad_BT: Tensor | None = None,
+    sinks_H: Tensor | None = None,
+    aux: Sequence[Tensor] | None = None,
+    *,
+    scale: float,
+    causal: bool = False,
+    window: int = 0,
+    softcap: float = 0.0,
+    predicate: str = "",
+    bias: str = "",
+    hidden: str = "",
+    empty_is_nan: bool = False,
+) -> Tensor:
     """Result `[B, H, S, E]` in the query's dtype."""
-    b, h, s, _d = q_BHSD.shape
+    operands.floats(q_BHSD=q_BHSD, k_BGTD=k_BGTD, v_BGTE=v_BGTE, sinks_H=sinks_H)
+    operands.rank("q_BHSD", q_BHSD, 4)
+    b, h, s, d = q_BHSD.shape
+    operands.sizes("k_BGTD", k_BGTD, None, None, None, d)
+    _b, groups, keys, _d = k_BGTD.shape
+    operands.sizes("v_BGTE", v_BGTE, None, groups, keys, None)
+    for name, batch in (("k_BGTD", k_BGTD.shape[0]), ("v_BGTE", v_BGTE.shape[0])):
+        if not (isinstance(batch, int) and batch == 1):
+            operands.size(f"axis 0 of {name}", batch, b)
+    check_groups(h, groups)
+    if mask is not None:
+        operands.require(mask.ndim <= 4, f"mask has {mask.ndim} axes, at most 4")
+        operands.require(mask.dtype == torch.bool or mask.is_floating_point(), "mask is no mask")
+    if pad_BT is not None:
+        operands.rank("pad_BT", pad_BT, 2)
+        operands.size("axis 1 of pad_BT", pad_BT.shape[1], keys)
+    if sinks_H is not None:
+        operands.sizes("sinks_H", sinks_H, h)
+    operands.finite(scale=scale, softcap=softcap)
+    operands.least(0, window=window, softcap=softcap)
+    more = {"s"} if mask is None else {"s", "mask"}
+    for text, names in ((predicate, set()), (bias, set()), (hidden, more)):
+        if text:
+            language.check(text, len(aux or ()), frozenset(names))
     return q_BHSD.new_empty((b, h, s, v_BGTE.shape[-1]))
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graphopt.ir.opset import Cost, define, nbytes
 from graphopt.ir.weights import dequantize_codes
-from graphopt.ops.registry import Cost, define, nbytes
+from graphopt.ops import operands
+from graphopt.ops.linear_wq import check_weight
 
 SCHEMA = (
     "embedding_wq(Tensor ids, Tensor codes_NKp, Tensor scale_NG, Tensor? zero_NG=None, *, "
@@ -47,7 +49,10 @@ def fake(
     dtype: torch.dtype,
 ) -> Tensor:
     """`[*ids.shape, K]` in `dtype`."""
-    width = codes_NKp.shape[1] * (2 if bits == 4 else 1)
+    width = check_weight(codes_NKp, scale_NG, zero_NG, bits, group, offset)
+    is_ids = ids.dtype in (torch.int64, torch.int32)
+    operands.require(is_ids, f"ids are {ids.dtype}, not torch.int64")
+    operands.require(dtype.is_floating_point, f"{dtype} is no dtype of a weight")
     return torch.empty((*ids.shape, width), dtype=dtype, device=ids.device)
 
 

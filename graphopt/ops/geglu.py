@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphopt.ops.registry import Cost, define, nbytes
+from graphopt.ir.opset import Cost, define, nbytes
+from graphopt.ops import operands
 
 SCHEMA = 'geglu(Tensor gate, Tensor up, *, str approximate="none") -> Tensor'
 
@@ -20,6 +21,10 @@ def reference(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
 
 def fake(gate: Tensor, up: Tensor, *, approximate: str = "none") -> Tensor:
     """Like gate, contiguous."""
+    operands.floats(gate=gate, up=up)
+    operands.require(gate.dtype == up.dtype, f"gate is {gate.dtype}, up is {up.dtype}")
+    operands.sizes("up", up, *gate.shape)
+    operands.require(approximate in ("none", "tanh"), f"approximate={approximate!r} is no gelu")
     return gate.new_empty(gate.shape)
 
 

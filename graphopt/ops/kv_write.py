@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from graphopt.ops.registry import Cost, define, nbytes
+from graphopt.ir.opset import Cost, define, nbytes
+from graphopt.ops import operands
 
 SCHEMA = (
     "kv_write(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor k_BGTD, Tensor v_BGTE, "
@@ -25,8 +26,15 @@ def reference(
         storage.flatten(0, 1).index_copy_(0, slots_T, rows_TGD)
 
 
-def fake(*_: Tensor) -> None:
+def fake(k_cache: Tensor, v_cache: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, slots_T: Tensor) -> None:
     """Nothing is returned."""
+    operands.floats(k_cache=k_cache, v_cache=v_cache, k_BGTD=k_BGTD, v_BGTE=v_BGTE)
+    operands.integers(slots_T=slots_T)
+    for name, rows, storage in (("k_BGTD", k_BGTD, k_cache), ("v_BGTE", v_BGTE, v_cache)):
+        operands.rank(name[0] + "_cache", storage, 4)
+        _blocks, _block_size, heads, width = storage.shape
+        operands.sizes(name, rows, 1, heads, slots_T.shape[0], width)
+    operands.rank("slots_T", slots_T, 1)
 
 
 def cost(k_cache: Tensor, v_cache: Tensor, k_BGTD: Tensor, v_BGTE: Tensor, slots_T: Tensor) -> Cost:

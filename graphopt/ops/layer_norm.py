@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphopt.ops.registry import Cost, define, nbytes
+from graphopt.ir.opset import Cost, define, nbytes
+from graphopt.ops import operands
 
 SCHEMA = "layer_norm(Tensor x, Tensor? weight_D=None, Tensor? bias_D=None, *, float eps) -> Tensor"
 
@@ -26,8 +27,16 @@ def reference(
     return F.layer_norm(x.to(wide), (x.shape[-1],), weight, bias, eps).to(x.dtype)
 
 
-def fake(x: Tensor, *_: Tensor | None, **__: float) -> Tensor:
+def fake(
+    x: Tensor, weight_D: Tensor | None = None, bias_D: Tensor | None = None, *, eps: float
+) -> Tensor:
     """Like x, contiguous."""
+    operands.require(x.ndim > 0, "x has no axis")
+    operands.floats(x=x, weight_D=weight_D, bias_D=bias_D)
+    for name, vector in (("weight_D", weight_D), ("bias_D", bias_D)):
+        if vector is not None:
+            operands.sizes(name, vector, x.shape[-1])
+    operands.finite(eps=eps)
     return x.new_empty(x.shape)
 
 

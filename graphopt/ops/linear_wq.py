@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graphopt.ir.opset import Cost, define, nbytes
 from graphopt.ir.weights import dequantize_codes
-from graphopt.ops.registry import Cost, define, nbytes
+from graphopt.ops import operands
 
 SCHEMA = (
     "linear_wq(Tensor x, Tensor codes_NKp, Tensor scale_NG, Tensor? zero_NG=None, "
@@ -58,8 +59,53 @@ def reference(
     return y.to(x.dtype)
 
 
-def fake(x: Tensor, codes_NKp: Tensor, *_: object, **__: object) -> Tensor:
+def check_weight(
+    codes_NKp: Tensor,
+    scale_NG: Tensor,
+    zero_NG: Tensor | None,
+    bits: int,
+    group: int,
+    offset: int,
+) -> int:
+    """Columns of the matrix. Raises ValueError for parts that make none."""
+    wanted = {4: torch.uint8, 8: torch.int8}.get(bits)
+    operands.require(wanted is not None, f"bits={bits} is neither 4 nor 8")
+    operands.require(codes_NKp.dtype == wanted, f"codes_NKp is {codes_NKp.dtype}, not {wanted}")
+    operands.rank("codes_NKp", codes_NKp, 2)
+    rows, packed = (int(size) for size in codes_NKp.shape)
+    columns = packed * (2 if bits == 4 else 1)
+    is_fine = group > 0 and columns % group == 0
+    operands.require(is_fine, f"{columns} columns are no groups of {group}")
+    operands.require(-256 < offset < 256, f"offset={offset} is no offset of {bits} bits")
+    operands.floats(scale_NG=scale_NG, zero_NG=zero_NG)
+    for name, part in (("scale_NG", scale_NG), ("zero_NG", zero_NG)):
+        if part is not None:
+            operands.sizes(name, part, rows, columns // group)
+    return columns
+
+
+def fake(
+    x: Tensor,
+    codes_NKp: Tensor,
+    scale_NG: Tensor,
+    zero_NG: Tensor | None = None,
+    bias_N: Tensor | None = None,
+    *,
+    bits: int,
+    group: int,
+    offset: int,
+    activation: str,
+) -> Tensor:
     """`[..., N]` in x's dtype."""
+    columns = check_weight(codes_NKp, scale_NG, zero_NG, bits, group, offset)
+    operands.floats(x=x, bias_N=bias_N)
+    operands.require(x.ndim > 0, "x has no axis")
+    operands.size("the last axis of x", x.shape[-1], columns)
+    if bias_N is not None:
+        operands.sizes("bias_N", bias_N, codes_NKp.shape[0])
+    operands.require(activation in ("float", "int8"), f"activation={activation!r} is unknown")
+    is_fine = activation == "float" or columns % ACTIVATION_GROUP == 0
+    operands.require(is_fine, f"{columns} columns are no groups of {ACTIVATION_GROUP} for int8")
     return x.new_empty((*x.shape[:-1], codes_NKp.shape[0]))
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import ScoreRangeError
-from graphopt.ops import attention
-from graphopt.ops.registry import Cost, define, nbytes
+from graphopt.ir.opset import Cost, define, nbytes
+from graphopt.ops import attention, operands
 
 SCHEMA = (
     "paged_attention(Tensor q_BHTD, Tensor k_cache, Tensor v_cache, Tensor block_tables, "
@@ -83,9 +83,37 @@ def peak_error(least_peak: float, most_peak: float) -> str:
     )
 
 
-def fake(q_BHTD: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object, **__: object) -> Tensor:
+def fake(
+    q_BHTD: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    kv_lens: Tensor,
+    sinks_H: Tensor | None = None,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    least_peak: float = 0.0,
+    most_peak: float = 0.0,
+) -> Tensor:
     """Result `[1, H, T, E]` in the query's dtype."""
+    operands.floats(q_BHTD=q_BHTD, k_cache=k_cache, v_cache=v_cache, sinks_H=sinks_H)
+    operands.integers(block_tables=block_tables, query_start=query_start, kv_lens=kv_lens)
+    operands.rank("k_cache", k_cache, 4)
+    blocks, block_size, groups, width = k_cache.shape
+    operands.sizes("q_BHTD", q_BHTD, 1, None, None, width)
+    operands.sizes("v_cache", v_cache, blocks, block_size, groups, None)
+    operands.sizes("block_tables", block_tables, kv_lens.shape[0], None)
+    operands.rank("query_start", query_start, 1)
+    operands.rank("kv_lens", kv_lens, 1)
     b, h, t, _d = q_BHTD.shape
+    attention.check_groups(h, groups)
+    if sinks_H is not None:
+        operands.sizes("sinks_H", sinks_H, h)
+    operands.finite(scale=scale, softcap=softcap)
+    operands.least(0, window=window, softcap=softcap)
     return q_BHTD.new_empty((b, h, t, v_cache.shape[-1]))
 
 

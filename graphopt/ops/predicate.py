@@ -19,7 +19,8 @@ import ast
 import functools
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -57,6 +58,9 @@ def _rounding(dtype: torch.dtype) -> Callable[[Any], Tensor]:
     return lambda x: _tensor(x).to(dtype)
 
 
+_INDICES = frozenset({"b", "h", "q", "k", "S", "T", "inf"})
+_ARGUMENTS = {"where": 3, "min": 2, "max": 2}
+_LONGEST = 100_000
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "where": _where,
     "float": lambda x: torch.as_tensor(x).to(torch.float32),
@@ -72,9 +76,77 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 def parse(text: str) -> ast.expr:
     """The syntax tree. Raises UnsupportedError for text that is not an expression."""
     try:
+        if len(text) > _LONGEST:
+            raise ValueError(f"it has {len(text):,} characters, more than {_LONGEST:,}")
         return ast.parse(text, mode="eval").body
-    except SyntaxError as error:
-        raise UnsupportedError(f"predicate {text!r} is no expression: {error.msg}") from error
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UnsupportedError(f"predicate {text[:200]!r} is no expression: {error}") from error
+
+
+@functools.lru_cache(maxsize=256)
+def check(text: str, tensors: int, more: frozenset[str]) -> None:
+    """Raise UnsupportedError for a text that has no meaning with `tensors` tensors aux0, aux1, ...
+    and the names `more` beside the indices."""
+    known = _INDICES | more | {f"aux{number}" for number in range(tensors)}
+    tree = parse(text)
+    try:
+        unknown = next((node for node in _parts(tree) if not _is_legal(node, known)), None)
+    except RecursionError:
+        unknown = tree
+    if unknown is not None:
+        raise _meaningless(text, unknown)
+
+
+def _parts(node: ast.expr) -> Iterator[ast.expr]:
+    """The node and every operand below it, names of functions aside."""
+    yield node
+    if isinstance(node, ast.BinOp):
+        below = [node.left, node.right]
+    elif isinstance(node, ast.Compare):
+        below = [node.left, *node.comparators]
+    elif isinstance(node, ast.UnaryOp):
+        below = [node.operand]
+    elif isinstance(node, ast.BoolOp):
+        below = node.values
+    elif isinstance(node, ast.Subscript):
+        below = [*(node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice])]
+    elif isinstance(node, ast.Call):
+        below = node.args
+    else:
+        below = []
+    for part in below:
+        yield from _parts(part)
+
+
+def _is_legal(node: ast.expr, names: AbstractSet[str]) -> bool:
+    """Whether `_value` computes a node of this kind, its operands aside."""
+    if isinstance(node, ast.Constant):
+        value = node.value
+        return isinstance(value, float) or (isinstance(value, int) and value < 2**63)
+    if isinstance(node, ast.Name):
+        return node.id in names
+    if isinstance(node, ast.BinOp):
+        return type(node.op) in _BINARY
+    if isinstance(node, ast.Compare):
+        return len(node.ops) == 1 and type(node.ops[0]) in _BINARY
+    if isinstance(node, ast.UnaryOp):
+        return isinstance(node.op, (ast.USub, ast.Not))
+    if isinstance(node, ast.Subscript):
+        return isinstance(node.value, ast.Name) and node.value.id in names - _INDICES
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
+        wanted = _ARGUMENTS.get(node.func.id, 1)
+        return node.func.id in _FUNCTIONS and len(node.args) == wanted
+    return isinstance(node, ast.BoolOp)
+
+
+def _meaningless(text: str, node: ast.expr) -> UnsupportedError:
+    try:
+        part = ast.unparse(node)
+    except RecursionError:
+        part = text
+    return UnsupportedError(
+        f"predicate {text[:200]!r} holds {part[:200]!r}, which has no meaning here"
+    )
 
 
 def highest(text: str, name: str) -> tuple[float, bool] | None:
@@ -175,6 +247,4 @@ def _value(node: ast.expr, names: Mapping[str, Any], text: str) -> Any:
         function = _FUNCTIONS.get(node.func.id)
         if function is not None and not node.keywords:
             return function(*(_value(a, names, text) for a in node.args))
-    raise UnsupportedError(
-        f"predicate {text!r} holds {ast.unparse(node)!r}, which has no meaning here"
-    )
+    raise _meaningless(text, node)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphopt.ops.registry import Cost, define, nbytes
+from graphopt.ir.opset import Cost, define, nbytes
+from graphopt.ops import operands
 
 SCHEMA = (
     "rms_norm(Tensor x, Tensor? weight_D=None, *, float eps, float weight_offset=0.0, "
@@ -39,8 +40,20 @@ def reference(
     return (normed * (weight_D.to(wide.dtype) + weight_offset)).to(x.dtype)
 
 
-def fake(x: Tensor, *_: object, **__: object) -> Tensor:
+def fake(
+    x: Tensor,
+    weight_D: Tensor | None = None,
+    *,
+    eps: float,
+    weight_offset: float = 0.0,
+    cast_first: bool = True,
+) -> Tensor:
     """Like x, contiguous."""
+    operands.require(x.ndim > 0, "x has no axis")
+    operands.floats(x=x, weight_D=weight_D)
+    if weight_D is not None:
+        operands.broadcast("weight_D", weight_D, x.shape[-1])
+    operands.finite(eps=eps, weight_offset=weight_offset)
     return x.new_empty(x.shape)
 
 

@@ -17,7 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphopt.ops.registry import Cost, define, nbytes
+from graphopt.ir.opset import Cost, define, nbytes
+from graphopt.ops import operands
 
 SCHEMA = (
     "rope(Tensor x_BHSD, Tensor cos_BSR, Tensor sin_BSR, *, bool interleaved=False, "
@@ -52,8 +53,27 @@ def _widened(table: Tensor, interleaved: bool) -> Tensor:
     return table.repeat_interleave(2, -1) if interleaved else torch.cat([table, table], -1)
 
 
-def fake(x_BHSD: Tensor, cos_BSR: Tensor, sin_BSR: Tensor, **_: bool) -> Tensor:
+def fake(
+    x_BHSD: Tensor,
+    cos_BSR: Tensor,
+    sin_BSR: Tensor,
+    *,
+    interleaved: bool = False,
+    half_tables: bool = False,
+) -> Tensor:
     """Like x, in the dtype torch's promotion gives, contiguous."""
+    operands.rank("x_BHSD", x_BHSD, 4)
+    operands.floats(x_BHSD=x_BHSD, cos_BSR=cos_BSR, sin_BSR=sin_BSR)
+    operands.rank("cos_BSR", cos_BSR, 3)
+    operands.sizes("sin_BSR", sin_BSR, *cos_BSR.shape)
+    batch, rows, width = cos_BSR.shape
+    for axis, found, wanted in ((0, batch, x_BHSD.shape[0]), (1, rows, x_BHSD.shape[2])):
+        if not (isinstance(found, int) and found == 1):
+            operands.size(f"axis {axis} of cos_BSR", found, wanted)
+    turned, columns = width * (2 if half_tables else 1), x_BHSD.shape[3]
+    if isinstance(turned, int) and isinstance(columns, int):
+        is_fine = turned <= columns and turned % 2 == 0
+        operands.require(is_fine, f"{turned} of {columns} columns cannot be turned in pairs")
     dtype = torch.promote_types(x_BHSD.dtype, torch.promote_types(cos_BSR.dtype, sin_BSR.dtype))
     return x_BHSD.new_empty(x_BHSD.shape, dtype=dtype)
 

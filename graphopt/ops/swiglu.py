@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from graphopt.ops.registry import Cost, define, nbytes
+from graphopt.ir.opset import Cost, define, nbytes
+from graphopt.ops import operands
 
 SCHEMA = "swiglu(Tensor gate, Tensor up) -> Tensor"
 
@@ -17,6 +18,9 @@ def reference(gate: Tensor, up: Tensor) -> Tensor:
 
 def fake(gate: Tensor, up: Tensor) -> Tensor:
     """Like gate, contiguous."""
+    operands.floats(gate=gate, up=up)
+    operands.require(gate.dtype == up.dtype, f"gate is {gate.dtype}, up is {up.dtype}")
+    operands.sizes("up", up, *gate.shape)
     return gate.new_empty(gate.shape)
 
 

@@ -36,25 +36,15 @@ from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph, InputSpec, argument, graph_module, is_call, shape_of
 from graphopt.ir.limits import Limit
 from graphopt.ir.shapes import SymbolicInputs
+from graphopt.ir.step import BLOCK_SIZE, BLOCKS, STEP
 from graphopt.ops import attention, embedding_wq, kv_write, paged_attention
+from graphopt.passes.analysis.rows.layout import Rows, RowsMixedError, Table
+from graphopt.passes.analysis.rows.rules import CASTS, peak_bounds
+from graphopt.passes.analysis.rows.trace_rows import trace_rows
 from graphopt.passes.base import EXACT, Pass, Reject, Stage, Tier
-from graphopt.passes.cache.row_layout import Rows, RowsMixedError, Table
-from graphopt.passes.cache.row_rules import CASTS, peak_bounds
-from graphopt.passes.cache.trace_rows import trace_rows
 from graphopt.passes.registry import register
 
 aten = torch.ops.aten
-
-STEP_INPUTS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("tokens", ("rows",)),
-    ("positions", ("rows",)),
-    ("slots", ("rows",)),
-    ("query_start", ("requests_plus_1",)),
-    ("kv_lens", ("requests",)),
-    ("block_tables", ("requests", "block_columns")),
-    ("logit_rows", ("logit_rows",)),
-)
-"""The inputs of a serving graph before the caches, all int64, with their axes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,9 +209,9 @@ class _Rebuild:
 
     def run(self) -> None:
         """Emit inputs, copy every node, and move the result into the old graph object."""
-        for name, axes in STEP_INPUTS:
-            value = self.fake.tensor(axes, torch.int64)
-            self.inputs[name] = self.builder.input(name, value)
+        for step in STEP:
+            value = self.fake.tensor(step.axes, torch.int64)
+            self.inputs[step.name] = self.builder.input(step.name, value)
         found = self.old.calls(attention.SPEC.overload)
         attentions = [node for node in found if self.plan.rows.of(node) is not None]
         caches = [self._cache_inputs(i, node) for i, node in enumerate(attentions)]
@@ -252,7 +242,7 @@ class _Rebuild:
         output = self.graph.fx_graph.output((flat,))
         output.meta["val"] = None
         self.old.gm = self.graph.gm
-        self.old.inputs = (*(InputSpec(name) for name, _ in STEP_INPUTS), *self.caches)
+        self.old.inputs = (*(InputSpec(step.name) for step in STEP), *self.caches)
         self.old.symbols = self.fake.names
         self.old.next_number = self.graph.next_number
         self.old.dialect = "serving"
@@ -276,7 +266,7 @@ class _Rebuild:
         for letter, operand in (("k", "k_BGTD"), ("v", "v_BGTE")):
             value: Tensor = argument(node, operand).meta["val"]
             name = f"{letter}_cache_{index}"
-            axes = ("blocks", "block_size", int(value.shape[1]), int(value.shape[3]))
+            axes = (BLOCKS, BLOCK_SIZE, int(value.shape[1]), int(value.shape[3]))
             made.append(self.builder.input(name, self.fake.tensor(axes, value.dtype)))
             made[-1].meta["layer"] = node.meta.get("layer", "")
             self.caches.append(InputSpec(name, "cache"))

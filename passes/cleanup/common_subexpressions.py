@@ -17,7 +17,7 @@ from torch import fx
 
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph
-from graphopt.ops.registry import is_pure
+from graphopt.ir.opset import is_pure
 from graphopt.passes.base import Pass, Reject, Stage
 from graphopt.passes.registry import register
 

@@ -14,7 +14,7 @@ from torch import fx
 
 from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.graph import Graph, op_name
-from graphopt.ops.registry import checks_values, is_impure
+from graphopt.ir.opset import checks_values, is_impure
 from graphopt.passes.base import Pass, Reject, Stage
 from graphopt.passes.registry import register
 

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from graphopt.ir.builder import GraphBuilder, replace
 from graphopt.ir.graph import Graph
-from graphopt.ops.registry import is_pure
+from graphopt.ir.opset import is_pure
 from graphopt.passes.base import Pass, Reject, Stage
 from graphopt.passes.cleanup.layout import layout_matters
 from graphopt.passes.registry import register

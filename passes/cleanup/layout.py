@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.ir.graph import Graph, argument, is_call, tensor_inputs
-from graphopt.ops.registry import spec_of
+from graphopt.ir.opset import spec_of
 
 aten = torch.ops.aten
 # They take sizes, dtypes or another tensor, and give the same values from any layout.
@@ -123,7 +123,9 @@ def fixes_layout(node: fx.Node) -> bool:
 
 
 def layout_matters(graph: Graph) -> set[fx.Node]:
-    """The values whose layout some op reads, directly or through ops that hand it on."""
+    """The values whose layout some op reads, directly or through ops that hand it on; and copies of
+    values whose elements share memory, since what is written into a part of the copy must not be
+    seen in others."""
     found: set[fx.Node] = set()
     pending = [n for node in graph.nodes if reads_layout(node) for n in node.all_input_nodes]
     while pending:
@@ -133,7 +135,20 @@ def layout_matters(graph: Graph) -> set[fx.Node]:
         found.add(node)
         if not fixes_layout(node):
             pending += node.all_input_nodes
-    return found
+    return found | _copies_of_windows(graph)
+
+
+def _copies_of_windows(graph: Graph) -> set[fx.Node]:
+    windows: set[fx.Node] = set()
+    copies: set[fx.Node] = set()
+    for node in graph.nodes:
+        if is_call(node, aten.as_strided.default, aten.unfold.default):
+            windows.add(node)
+        elif windows.intersection(node.all_input_nodes):
+            is_item = node.target is operator.getitem
+            is_window = is_item or (may_alias(node) and keeps_layout(node))
+            (windows if is_window else copies).add(node)
+    return copies
 
 
 def keeps_layout(node: fx.Node) -> bool:

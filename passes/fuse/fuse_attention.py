@@ -6,10 +6,11 @@
 
     after    graphopt.attention(q, k, v, ..., scale=, causal=, window=, softcap=, predicate=)
 
-What stands between the product and the softmax is read as algebra (`graphopt.passes.masks`), not
-as a chain of ops: scales, softcap, additive and boolean masks in any order. A mask is dropped only
-when its meaning is proven; otherwise it stays a dense operand, with the reason in the report.
-Where no node holds it, the model's own ops on scores of zero give it (`attention_residue.py`).
+What stands between the product and the softmax is read as algebra
+(`graphopt.passes.analysis.masks`), not as a chain of ops: scales, softcap, additive and boolean
+masks in any order. A mask is dropped only when its meaning is proven; otherwise it stays a dense
+operand, with the reason in the report.
+Where no node holds it, the model's own ops on scores of zero give it (`attention/residue.py`).
 Repeated key/value heads are read un-repeated. Rejected, with a code: softmax over another axis,
 scores or probabilities used elsewhere, active dropout, a softmax made of exponentials, and whatever
 multiplies no two tensors of heads.
@@ -28,24 +29,24 @@ from graphopt.ir.assumptions import Assumption
 from graphopt.ir.builder import GraphBuilder, replace
 from graphopt.ir.graph import Graph, argument, is_call, shape_of
 from graphopt.ops import attention
+from graphopt.passes.analysis.masks import algebra as ia
+from graphopt.passes.analysis.masks.bits import read_bits
+from graphopt.passes.analysis.masks.grid import Candidate
+from graphopt.passes.analysis.masks.meaning import Hidden, MaskMeaning, reader
+from graphopt.passes.analysis.masks.scores import read_additive
+from graphopt.passes.analysis.masks.values import axis
 from graphopt.passes.base import Pass, Reject, Stage, Tier
-from graphopt.passes.fuse.attention_folds import unfolded
-from graphopt.passes.fuse.attention_operands import Operand, is_tensor, unrepeated
-from graphopt.passes.fuse.attention_residue import emit_residue
-from graphopt.passes.fuse.attention_site import (
+from graphopt.passes.fuse.attention.folds import unfolded
+from graphopt.passes.fuse.attention.lookalikes import is_lookalike, refused
+from graphopt.passes.fuse.attention.operands import Operand, is_tensor, unrepeated
+from graphopt.passes.fuse.attention.residue import emit_residue
+from graphopt.passes.fuse.attention.site import (
     AttentionSite,
     hand_written,
     mask_sizes,
     proven,
     unfitting,
 )
-from graphopt.passes.fuse.softmax_lookalikes import is_lookalike, refused
-from graphopt.passes.masks import algebra as ia
-from graphopt.passes.masks.bits import read_bits
-from graphopt.passes.masks.grid import Candidate
-from graphopt.passes.masks.meaning import Hidden, MaskMeaning, reader
-from graphopt.passes.masks.scores import read_additive
-from graphopt.passes.masks.values import axis
 from graphopt.passes.registry import register
 
 aten = torch.ops.aten

@@ -18,7 +18,7 @@ from torch import fx
 from graphopt.ir.builder import GraphBuilder, replace
 from graphopt.ir.graph import Graph, dtype_of, shape_of
 from graphopt.ops import geglu, swiglu
-from graphopt.passes.base import Pass, Reject, Stage, Tier
+from graphopt.passes.base import Pass, Reject, Stage, Tier, not_floats
 from graphopt.passes.fuse.gated_activation import Gated, is_activation, read_gated
 from graphopt.passes.registry import register
 
@@ -48,7 +48,7 @@ class FuseMlp(Pass[Gated]):
                 gated.product,
                 "give both projections one width and dtype",
             )
-        return gated
+        return not_floats("a gated activation", gated.gate) or gated
 
     def rewrite(self, builder: GraphBuilder, bound: Gated) -> None:
         """Emit the gated op where the product stood."""

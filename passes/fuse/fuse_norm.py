@@ -28,8 +28,8 @@ from graphopt.ir.builder import GraphBuilder
 from graphopt.ir.builder import replace as replace_node
 from graphopt.ir.graph import Graph, argument, dtype_of, is_call, shape_of
 from graphopt.ops import layer_norm, rms_norm
-from graphopt.passes.base import Pass, Reject, Stage, Tier
-from graphopt.passes.fuse.norm_factor import is_root_of_mean, read_factor
+from graphopt.passes.base import Pass, Reject, Stage, Tier, not_floats
+from graphopt.passes.fuse.norm.factor import is_root_of_mean, read_factor
 from graphopt.passes.fuse.walk import CASTS, only_user, other_operand, uncast
 from graphopt.passes.registry import register
 
@@ -76,13 +76,10 @@ class FuseNorm(Pass[Norm]):
 
     def check(self, graph: Graph, node: fx.Node) -> Norm | Reject:
         """Walk up to x, then down to the last multiplication, addition or cast."""
-        if is_call(node, *_NORMS):
-            return _aten_norm(node)
-        factor = read_factor(node)
-        if isinstance(factor, Reject):
-            return factor
-        follow = _after_centred if factor.centred else _after_rms
-        return follow(Norm(factor.product, factor.x, factor.eps, factor.centred))
+        norm = _aten_norm(node) if is_call(node, *_NORMS) else _written_norm(node)
+        if isinstance(norm, Reject):
+            return norm
+        return not_floats("a norm", norm.x, norm.weight, norm.bias) or norm
 
     def rewrite(self, builder: GraphBuilder, bound: Norm) -> None:
         """Emit the norm where its last node stood."""
@@ -99,6 +96,14 @@ class FuseNorm(Pass[Norm]):
                 new = builder.emit(rms_norm.SPEC.overload, operands, attributes, like=like)
         new.meta["layer"] = bound.last.meta["layer"]
         replace_node(builder.graph, bound.last, new)
+
+
+def _written_norm(node: fx.Node) -> Norm | Reject:
+    factor = read_factor(node)
+    if isinstance(factor, Reject):
+        return factor
+    follow = _after_centred if factor.centred else _after_rms
+    return follow(Norm(factor.product, factor.x, factor.eps, factor.centred))
 
 
 def _aten_norm(node: fx.Node) -> Norm | Reject:

@@ -21,10 +21,10 @@ import torch
 from torch import fx
 
 from graphopt.ir.builder import GraphBuilder, replace
-from graphopt.ir.graph import Graph, argument, dtype_of, is_call, shape_of
+from graphopt.ir.graph import Graph, argument, axis_of, dtype_of, is_call, shape_of
 from graphopt.ops import rope
 from graphopt.passes.base import Pass, Reject, Stage, Tier
-from graphopt.passes.fuse.rope_spelling import Turn, is_rotation, read_turn
+from graphopt.passes.fuse.rope.spelling import Turn, is_rotation, read_turn
 from graphopt.passes.fuse.walk import columns, emit_once, is_last_axis, only_user
 from graphopt.passes.registry import register
 
@@ -150,7 +150,7 @@ def _table(builder: GraphBuilder, last: fx.Node, bound: Rotation, is_sin: bool) 
     # Counted from the end, the head axis of a table is that of x; short tables may have none.
     axis = bound.heads_axis + rank - 4
     if axis >= 0 and (rank == 4 or bound.heads_axis == 2):
-        if is_call(table, aten.unsqueeze.default) and int(argument(table, "dim")) % rank == axis:
+        if is_call(table, aten.unsqueeze.default) and axis_of(argument(table, "dim"), rank) == axis:
             operand = argument(table, "self")
             assert isinstance(operand, fx.Node)
             table = operand

@@ -9,7 +9,7 @@ from torch import fx
 from torch.fx.node import Argument
 
 from graphopt.ir.builder import GraphBuilder
-from graphopt.ir.graph import argument, is_call, shape_of
+from graphopt.ir.graph import argument, axis_of, is_call, shape_of
 
 aten = torch.ops.aten
 CASTS = (
@@ -42,10 +42,15 @@ def other_operand(call: fx.Node, operand: object) -> fx.Node | None:
 
 
 def is_last_axis(node: fx.Node, axes: object) -> bool:
-    """True when `axes` (a number or a list of one) is the last axis of `node`."""
+    """True when `axes` (a number or a list of one) is the last axis of `node`; a tensor without
+    axes has none, though torch takes 0 and -1 of it."""
     rank = len(shape_of(node))
     listed = axes if isinstance(axes, (list, tuple)) else [axes]
-    return [a % rank for a in listed if isinstance(a, int)] == [rank - 1] and len(listed) == 1
+    return (
+        rank > 0
+        and [axis_of(a, rank) for a in listed if isinstance(a, int)] == [rank - 1]
+        and len(listed) == 1
+    )
 
 
 def columns(node: fx.Node) -> tuple[fx.Node, range] | None:

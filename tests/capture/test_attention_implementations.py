@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from run_graph import assert_close, run
-from tiny_models import tiny_llama
+from helpers.run_graph import assert_close, run
+from helpers.tiny_models import tiny_llama
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_graph import assert_close, run
+from helpers.run_graph import assert_close, run
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -17,10 +17,10 @@ import graphopt
 from graphopt.capture import capture
 from graphopt.errors import CaptureError, RequestError, RowDependenceError
 from graphopt.ir.limits import Limit, read_limit
-from graphopt.ir.parser import parse_graph
-from graphopt.ir.printer import canonical_text, print_graph
+from graphopt.ir.text.parser import parse_graph
+from graphopt.ir.text.printer import canonical_text, print_graph
 from graphopt.passes.manager import PassManager
-from graphopt.report import Report
+from graphopt.record.report import Report
 
 F = nn.functional
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from run_graph import assert_close, run
-from tiny_models import tiny_llama
+from helpers.run_graph import assert_close, run
+from helpers.tiny_models import tiny_llama
 from torch import Tensor, nn
 from torch.export import Dim
 from transformers import (
@@ -26,7 +26,7 @@ from graphopt.capture import capture
 from graphopt.errors import CaptureError
 from graphopt.ir.graph import argument
 from graphopt.ir.verify import verify
-from graphopt.models.llama_like import LlamaLike, LlamaLikeConfig
+from graphopt.models.reference.llama import LlamaLike, LlamaLikeConfig
 from graphopt.ops import attention
 
 SMALL = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_llama
+from helpers.tiny_models import tiny_llama
 
 import graphopt
 from graphopt.errors import CaptureError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from run_graph import assert_close, run
-from tiny_models import tiny_llama
+from helpers.run_graph import assert_close, run
+from helpers.tiny_models import tiny_llama
 from torch import Tensor
 from transformers import (
     BloomConfig,

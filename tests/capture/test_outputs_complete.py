@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from module_state import state_of
-from run_graph import assert_close
-from tiny_models import tiny_llama
+from helpers.module_state import state_of
+from helpers.run_graph import assert_close
+from helpers.tiny_models import tiny_llama
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers.utils import ModelOutput
@@ -209,7 +209,7 @@ def test_weights_that_are_no_plain_tensors_are_named() -> None:
 
     model = Wraps().eval()
     model.linear.weight = nn.Parameter(torch.randn(4, 4).as_subclass(Scaled))
-    with pytest.raises(CaptureError, match=r"weight linear\.weight is a Scaled"):
+    with pytest.raises(CaptureError, match=r"weight 'linear\.weight' is a Scaled"):
         capture(model, torch.randn(2, 4))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_graph import assert_close, run
+from helpers.run_graph import assert_close, run
 from torch import Tensor, nn
 
 from graphopt.capture import capture
@@ -22,7 +22,7 @@ class Rule(nn.Module):
         self.rule = rule
         self.linear = nn.Linear(16, 16)
         self.register_buffer("table", torch.randn(64, 16))
-        self.register_buffer("empty", torch.zeros(16, device="meta"))
+        self.empty = torch.zeros(16, device="meta")
 
     def forward(self, x: Tensor) -> Any:
         return self.rule(self, x)

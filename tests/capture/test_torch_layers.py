@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from run_graph import CLEANUP, apply, assert_close, run
+from helpers.run_graph import CLEANUP, apply, assert_close, run
 from torch import Tensor, nn
 from torch.nn.modules import transformer
 

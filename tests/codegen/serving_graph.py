@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from tiny_models import tiny_llama
+from helpers.tiny_models import tiny_llama
 from torch import Tensor, fx
 
 import graphopt

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from serving_steps import Steps
+from helpers.serving_steps import Steps
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import graphopt

@@ -13,7 +13,7 @@ from graphopt.codegen.cpu.abi import Op
 from graphopt.codegen.cpu.executable import CpuServing
 from graphopt.codegen.cpu.packing import pack_dense
 from graphopt.errors import BackendError
-from graphopt.program import Program
+from graphopt.program.program import Program
 
 WIDTH, VOCABULARY = 48, 29
 IDS = torch.ones((2, 8), dtype=torch.int64)
@@ -153,3 +153,29 @@ def test_a_graph_whose_weights_were_taken_over_is_not_called_packed() -> None:
     program = graphopt.compile(ScalarNorm(torch.randn(WIDTH)).eval(), IDS)
     with pytest.raises(BackendError, match="has no data: another program took it over"):
         check_weights(program.graph)
+
+
+class Codes(Layer):
+    """A linear layer whose weight has the name that low-bit codes have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def layer(self, x_BSD: Tensor) -> Tensor:
+        return nn.functional.linear(x_BSD, self.codes)
+
+
+def test_a_dense_weight_may_be_called_codes() -> None:
+    close_to_eager(Codes())
+
+
+class FarSlice(Layer):
+    """A slice that begins before its axis does."""
+
+    def layer(self, x_BSD: Tensor) -> Tensor:
+        return x_BSD + x_BSD[..., -10 * WIDTH : 4].sum(-1, keepdim=True)
+
+
+def test_a_slice_begins_with_its_axis() -> None:
+    close_to_eager(FarSlice())

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.serving_steps import Steps
 from rule_cases import CASES, Build
 from serving_graph import VOCABULARY, ServingGraph
-from serving_steps import Steps
 
 from graphopt.codegen.cpu import rules_compute, rules_shape, rules_weights
 from graphopt.codegen.cpu.backend import CpuBackend

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from serving_steps import Steps
-from tiny_models import tiny_llama
+from helpers.serving_steps import Steps
+from helpers.tiny_models import tiny_llama
 from torch import Tensor, nn
 
 import graphopt
@@ -17,8 +17,8 @@ from graphopt.codegen.cpu.build import load_library
 from graphopt.codegen.reference import ReferenceBackend, TensorCache
 from graphopt.errors import BackendError, CapacityError, GraphoptError, VerifyError
 from graphopt.ir.graph import Graph
-from graphopt.ir.parser import parse_graph
-from graphopt.ir.printer import print_graph
+from graphopt.ir.text.parser import parse_graph
+from graphopt.ir.text.printer import print_graph
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "runtime"))
 
+from helpers.tiny_models import tiny_llama
 from paged_fake import ByteTokenizer
-from tiny_models import tiny_llama
 
 import graphopt
 from graphopt.errors import RequestError

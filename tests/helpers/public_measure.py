@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 import graphopt
 from graphopt.errors import GraphoptError
-from graphopt.program import Program
+from graphopt.program.program import Program
 from helpers.public_models.sample import Sample
 
 TOLERANCE = 1e-5

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from run_graph import apply
-from tiny_models import tiny_llama
+from helpers.run_graph import apply
+from helpers.tiny_models import tiny_llama
 from torch import fx
 
 from graphopt.capture import capture

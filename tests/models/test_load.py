@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_samples import tiny_llama, write_gguf
+from helpers.gguf_samples import tiny_llama, write_gguf
 
 from graphopt.config import Config
 from graphopt.errors import ModelNotFoundError, UnsupportedError, WeightFormatError

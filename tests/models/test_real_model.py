@@ -14,8 +14,8 @@ from graphopt.capture.source import ModelSource
 from graphopt.config import Config
 from graphopt.models import load
 from graphopt.models.builtin import fetch_builtin
-from graphopt.models.gguf_blocks import unpack_blocks
-from graphopt.models.gguf_file import open_gguf
+from graphopt.models.gguf.blocks import unpack_blocks
+from graphopt.models.gguf.file import open_gguf
 
 pytestmark = pytest.mark.real_model
 NAME = "smollm2-135m"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from run_graph import CLEANUP, apply
+from helpers.run_graph import CLEANUP, apply
 from torch import Tensor, nn
 
 from graphopt.capture import capture

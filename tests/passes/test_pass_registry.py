@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from plugin_files import installed, pass_code, write_plugin
+from helpers.plugin_files import installed, pass_code, write_plugin
 
 import graphopt
 from graphopt.config import child_environment
@@ -87,11 +87,11 @@ def test_loading_passes_makes_no_second_object_of_an_op() -> None:
         "packets = [getattr(torch.ops.aten, name) for name in torch.ops.aten]\n"
         "def ops():\n"
         "    return [getattr(p, o) for p in packets for o in p.overloads()]\n"
-        "from graphopt.ops.registry import load_all\n"
+        "from graphopt.ir.opset import load_all\n"
         "before = ops()\n"
         "from graphopt.passes.registry import all_passes\n"
         "load_all(), all_passes()\n"
-        "import graphopt.program\n"
+        "import graphopt.program.program\n"
         "assert len(before) > 300\n"
         "assert all(a is b for a, b in zip(before, ops(), strict=True))\n"
     )

@@ -21,7 +21,7 @@ from transformers import (
 
 import graphopt
 from graphopt.errors import BackendError, RequestError
-from graphopt.program import Program
+from graphopt.program.program import Program
 from graphopt.runtime import Engine, SamplingParams
 from graphopt.runtime.logits_processors import History, process
 from graphopt.runtime.sampler import SamplingRow, sample

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny_models import tiny_llama
 from paged_fake import FakeExecutable, greedy
-from tiny_models import tiny_llama
 
 import graphopt
 from graphopt.errors import RequestError

@@ -19,17 +19,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from helpers.run_graph import CLEANUP, FUSE
 from mutations import Mutant
-from run_graph import CLEANUP, FUSE
 from torch import Tensor, nn
 
 from graphopt.capture import capture
+from graphopt.check.numerics import LEAST_TOLERANCE
+from graphopt.check.oracle import relative_error
 from graphopt.codegen.reference import ReferenceBackend
 from graphopt.ir.graph import Graph
-from graphopt.numerics import LEAST_TOLERANCE
-from graphopt.oracle import relative_error
 from graphopt.passes.manager import PassManager
-from graphopt.report import Candidate, Rejection, Report, Site
+from graphopt.record.report import Candidate, Rejection, Report, Site
 
 PROGRAMS_A_MODEL = 24
 BATCH, LENGTH = 2, 5

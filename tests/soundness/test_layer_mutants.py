@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 from every_mutant import KINDS
+from helpers.run_graph import FUSE
 from judge import SideBySide, assert_sound, batches, compiled, judge
 from mutations import Mutant
-from run_graph import FUSE
 
 from graphopt.ir.graph import Graph
 from graphopt.ops import attention, geglu, rms_norm, rope, swiglu
-from graphopt.report import Report
+from graphopt.record.report import Report
 
 BATCHES = [
     (name, batch)

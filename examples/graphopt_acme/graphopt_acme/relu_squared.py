@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from graphopt.ops.registry import Cost, define, nbytes
+from graphopt.ir.opset import Cost, define, nbytes
 
 
 def reference(x: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from graphopt.check.golden import read_golden
 from graphopt.codegen.reference import ReferenceBackend
-from graphopt.golden import read_golden
 from graphopt.testing import GoldenError
 
 GOLDEN = Path(__file__).parent / "golden"

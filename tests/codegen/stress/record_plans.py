@@ -21,10 +21,10 @@ import torch
 
 sys.path += [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]
 
+from helpers.serving_steps import Steps
+from helpers.tiny_models import tiny_llama
 from rule_cases import CASES
 from serving_graph import VOCABULARY, ServingGraph
-from serving_steps import Steps
-from tiny_models import tiny_llama
 
 import graphopt
 from graphopt.codegen.cpu.abi import Instr, NativeLibrary, Sym

@@ -6,8 +6,8 @@ import random
 
 import pytest
 import torch
-from serving_steps import Steps
-from tiny_models import CausalConvolution, tiny_llama
+from helpers.serving_steps import Steps
+from helpers.tiny_models import CausalConvolution, tiny_llama
 from torch import Tensor, nn
 
 from graphopt.capture import capture
@@ -16,7 +16,7 @@ from graphopt.ir.graph import Graph
 from graphopt.ops import kv_write, paged_attention
 from graphopt.passes.manager import PassManager
 from graphopt.passes.registry import default_passes
-from graphopt.report import Rejection, Report
+from graphopt.record.report import Rejection, Report
 
 
 def insert(graph: Graph, *passes: str) -> Report:

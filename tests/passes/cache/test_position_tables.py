@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from serving_steps import Steps
+from helpers.serving_steps import Steps
 from torch import Tensor, nn
 from transformers import BertConfig, BertLMHeadModel
 
@@ -16,7 +16,7 @@ from graphopt.capture import capture
 from graphopt.codegen.reference import ReferenceBackend
 from graphopt.ir.graph import Graph
 from graphopt.passes.manager import PassManager
-from graphopt.report import Report
+from graphopt.record.report import Report
 
 WIDTH, VOCABULARY, LONGEST = 8, 31, 24
 Add = Callable[["Tables", Tensor], Tensor]

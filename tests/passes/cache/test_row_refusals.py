@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from graphopt.capture import capture
 from graphopt.passes.manager import PassManager
-from graphopt.report import Rejection, Report
+from graphopt.record.report import Rejection, Report
 
 WIDTH, VOCABULARY = 8, 31
 sdpa = nn.functional.scaled_dot_product_attention

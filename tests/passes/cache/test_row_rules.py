@@ -8,8 +8,8 @@ import random
 
 import pytest
 import torch
+from helpers.serving_steps import Steps
 from row_ops import KEEPS, MIXES, Body
-from serving_steps import Steps
 from torch import Tensor, nn
 
 from graphopt.capture import capture
@@ -19,9 +19,9 @@ from graphopt.codegen.cpu.build import load_library
 from graphopt.codegen.reference import ReferenceBackend
 from graphopt.ir.clean import remove_dead
 from graphopt.ir.graph import Graph
-from graphopt.passes.cache.row_rules import RULES
+from graphopt.passes.analysis.rows.rules import RULES
 from graphopt.passes.manager import PassManager
-from graphopt.report import Report
+from graphopt.record.report import Report
 
 WIDTH = 8
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from run_graph import CLEANUP, apply, assert_idempotent, run
-from tiny_models import tiny_llama
+from helpers.run_graph import CLEANUP, apply, assert_idempotent, run
+from helpers.tiny_models import tiny_llama
 from torch import Tensor, nn
 
 from graphopt.capture import capture

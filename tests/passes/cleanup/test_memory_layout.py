@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from run_graph import CLEANUP, apply, run
+from helpers.run_graph import CLEANUP, apply, run
 from torch import Tensor, nn
 
 from graphopt.capture import capture

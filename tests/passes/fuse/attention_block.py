@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from run_graph import CLEANUP, apply, assert_close, assert_idempotent, run
+from helpers.run_graph import CLEANUP, apply, assert_close, assert_idempotent, run
 from torch import Tensor, nn
 
 from graphopt.capture import capture
 from graphopt.ir.graph import Graph, argument
 from graphopt.ops import attention
-from graphopt.report import Report
+from graphopt.record.report import Report
 
 HEADS, WIDTH = 4, 8
 

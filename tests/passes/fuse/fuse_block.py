@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from run_graph import CLEANUP, apply, assert_close, assert_idempotent, run
+from helpers.run_graph import CLEANUP, apply, assert_close, assert_idempotent, run
 from torch import Tensor, nn
 
 from graphopt.capture import capture

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Mapping
 
 import pytest
 import torch
-from run_graph import CLEANUP, apply, assert_close, run
+from helpers.run_graph import CLEANUP, apply, assert_close, run
 from torch import Tensor, fx, nn
 
 from graphopt.capture import capture
 from graphopt.codegen.reference import ReferenceBackend
 from graphopt.ir.graph import Graph, argument
 from graphopt.ops import attention
-from graphopt.report import Report
+from graphopt.record.report import Report
 
 HEADS, WIDTH = 4, 8
 LOW = torch.finfo(torch.float32).min

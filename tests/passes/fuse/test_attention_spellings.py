@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_spellings import Spelling, Spellings, inputs, kv_heads, spellings
+from helpers.run_graph import CLEANUP, apply
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from run_graph import CLEANUP, apply
 
 from graphopt.capture import capture
 from graphopt.codegen.reference import ReferenceBackend

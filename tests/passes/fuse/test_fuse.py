@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from run_graph import CLEANUP, FUSE, apply, assert_close, assert_idempotent, run
-from tiny_models import tiny_llama
+from helpers.run_graph import CLEANUP, FUSE, apply, assert_close, assert_idempotent, run
+from helpers.tiny_models import tiny_llama
 
 from graphopt.capture import capture
-from graphopt.models.llama_like import LlamaLike, LlamaLikeConfig
+from graphopt.models.reference.llama import LlamaLike, LlamaLikeConfig
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

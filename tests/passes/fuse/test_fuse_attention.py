@@ -12,16 +12,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_block import WIDTH, Attention, code, fuse, the_attention
-from run_graph import CLEANUP, apply, assert_close, run
-from tiny_models import tiny_llama
+from helpers.run_graph import CLEANUP, apply, assert_close, run
+from helpers.tiny_models import tiny_llama
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphopt
 from graphopt.capture import capture
 from graphopt.ir.graph import argument
-from graphopt.models.bert_like import BertLike, BertLikeConfig
-from graphopt.models.gpt2_like import GPT2Like, GPT2LikeConfig
+from graphopt.models.reference.bert import BertLike, BertLikeConfig
+from graphopt.models.reference.gpt2 import GPT2Like, GPT2LikeConfig
 from graphopt.ops import attention
 
 Scores = Callable[[Tensor, Tensor], Tensor]

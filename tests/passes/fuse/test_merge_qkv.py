@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fuse_block import WIDTH, fuse
-from run_graph import CLEANUP, FUSE, apply, assert_close, assert_idempotent, run
-from tiny_models import tiny_llama
+from helpers.run_graph import CLEANUP, FUSE, apply, assert_close, assert_idempotent, run
+from helpers.tiny_models import tiny_llama
 from torch import Tensor, nn
 
 import graphopt

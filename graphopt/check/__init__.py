@@ -1,0 +1,1 @@
+"""Is it right: the oracle, numeric checks, bisection, golden files, checked inputs."""

@@ -1,0 +1,1 @@
+"""For looking: explanations, dumps, the explorer."""

@@ -1,0 +1,1 @@
+"""What `compile` makes: the program, its options, the saved form."""

@@ -1,0 +1,1 @@
+"""GGUF files: header, blocks, tokenizer and configuration of a model."""

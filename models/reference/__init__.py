@@ -1,0 +1,1 @@
+"""Small models written by hand, for tests and examples."""

@@ -1,0 +1,1 @@
+"""Recognises attention by meaning: products, softmax, masks, however they are spelled."""

@@ -1,0 +1,1 @@
+"""Recognises rotary position embeddings."""
