@@ -66,6 +66,10 @@ def test_a_mask_without_axes() -> None:
 
 NO_FLOATS: list[tuple[Rule, torch.dtype]] = [
     (lambda x: F.silu(x) * x, torch.complex64),
+    (
+        lambda x: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None]),
+        torch.complex64,
+    ),
     (lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5), torch.complex64),
 ]
 
