@@ -29,7 +29,7 @@ from graphopt.runtime import Completion, Engine, SamplingParams, TokenEvent
 from .harness import WrongError
 
 VOCABULARY, CONTEXT = 260, 64
-END_TOKENS = tuple(range(3, 100, 9))
+END_TOKENS = tuple(range(3, VOCABULARY, 9))
 OPERATIONS = (20, 60)
 UNKNOWN = 10**6
 
@@ -147,9 +147,9 @@ class Run:
     def __init__(self, fuzzer: EngineFuzzer, numbers: random.Random) -> None:
         self.fuzzer, self.numbers = fuzzer, numbers
         self.flaky = Flaky(fuzzer.executable)
-        self.block_size = numbers.randint(1, 6)
-        self.blocks = numbers.randint(3, 16)
-        self.max_requests = numbers.randint(1, 5)
+        self.block_size = numbers.randint(1, 4)
+        self.blocks = numbers.randint(3, 12)
+        self.max_requests = numbers.randint(1, 6)
         self.engine = fuzzer.engine(
             self.flaky,
             block_size=self.block_size,

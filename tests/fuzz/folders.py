@@ -96,6 +96,8 @@ class Folders:
             self._samples.append(path)
         source = load(self._samples[0], config=self._config)
         self._program = graphopt.compile(source, backend="reference")
+        # The first time imports what it needs, which may take longer than a case.
+        check_saved(self._program, source, folder / "program")
 
     def run(self, numbers: random.Random, folder: Path) -> int:
         """One folder, read in one of the dtypes there are."""

@@ -82,7 +82,10 @@ class GgufFiles:
             if number % 3 == 1:
                 parts.fields += _sentence_piece()
             self._samples.append(parts)
-        self._program = graphopt.compile(load(folder / "0.gguf"), backend="reference")
+        source = load(folder / "0.gguf", config=Config(cache=folder / "cache", offline=True))
+        self._program = graphopt.compile(source, backend="reference")
+        # The first time imports what it needs, which may take longer than a case.
+        check_saved(self._program, source, folder / "program")
 
     def run(self, numbers: random.Random, folder: Path) -> int:
         """One file, read in one of the ways there are."""
