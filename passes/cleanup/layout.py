@@ -128,7 +128,6 @@ def layout_matters(graph: Graph) -> set[fx.Node]:
     seen in others."""
     found: set[fx.Node] = set()
     pending = [n for node in graph.nodes if reads_layout(node) for n in node.all_input_nodes]
-    pending += _copies_of_windows(graph)
     while pending:
         node = pending.pop()
         if node in found:
@@ -136,19 +135,19 @@ def layout_matters(graph: Graph) -> set[fx.Node]:
         found.add(node)
         if not fixes_layout(node):
             pending += node.all_input_nodes
-    return found
+    return found | _copies_of_windows(graph)
 
 
-def _copies_of_windows(graph: Graph) -> list[fx.Node]:
+def _copies_of_windows(graph: Graph) -> set[fx.Node]:
     windows: set[fx.Node] = set()
-    copies: list[fx.Node] = []
+    copies: set[fx.Node] = set()
     for node in graph.nodes:
         if is_call(node, aten.as_strided.default, aten.unfold.default):
             windows.add(node)
         elif windows.intersection(node.all_input_nodes):
             is_item = node.target is operator.getitem
             is_window = is_item or (may_alias(node) and keeps_layout(node))
-            (windows.add if is_window else copies.append)(node)
+            (windows if is_window else copies).add(node)
     return copies
 
 
