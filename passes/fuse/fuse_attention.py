@@ -74,15 +74,19 @@ class FuseAttention(Pass[AttentionSite]):
 
     def check(self, graph: Graph, node: fx.Node) -> AttentionSite | Reject:
         """By road."""
-        if is_lookalike(node):
-            return refused(node)
-        if is_call(node, attention.SPEC.overload):
-            site = _hooked(graph, node)
-        else:
-            site = (hand_written if is_call(node, *SOFTMAX) else _sdpa)(graph, node)
+        site = self._site(graph, node)
         if isinstance(site, Reject):
             return site
         return not_floats("attention", site.last) or site
+
+    def _site(self, graph: Graph, node: fx.Node) -> AttentionSite | Reject:
+        if is_call(node, attention.SPEC.overload):
+            return _hooked(graph, node)
+        if is_call(node, *SOFTMAX):
+            return hand_written(graph, node)
+        if is_lookalike(node):
+            return refused(node)
+        return _sdpa(graph, node)
 
     def remark(self, bound: AttentionSite) -> str:
         """Why a mask operand stays."""
