@@ -35,7 +35,7 @@ from graphopt.passes.analysis.masks.grid import Candidate
 from graphopt.passes.analysis.masks.meaning import Hidden, MaskMeaning, reader
 from graphopt.passes.analysis.masks.scores import read_additive
 from graphopt.passes.analysis.masks.values import axis
-from graphopt.passes.base import Pass, Reject, Stage, Tier
+from graphopt.passes.base import Pass, Reject, Stage, Tier, not_floats
 from graphopt.passes.fuse.attention.folds import unfolded
 from graphopt.passes.fuse.attention.lookalikes import is_lookalike, refused
 from graphopt.passes.fuse.attention.operands import Operand, is_tensor, unrepeated
@@ -74,6 +74,12 @@ class FuseAttention(Pass[AttentionSite]):
 
     def check(self, graph: Graph, node: fx.Node) -> AttentionSite | Reject:
         """By road."""
+        site = self._site(graph, node)
+        if isinstance(site, Reject):
+            return site
+        return not_floats("attention", site.last) or site
+
+    def _site(self, graph: Graph, node: fx.Node) -> AttentionSite | Reject:
         if is_call(node, attention.SPEC.overload):
             return _hooked(graph, node)
         if is_call(node, *SOFTMAX):

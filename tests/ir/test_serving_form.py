@@ -18,7 +18,7 @@ from graphopt.errors import GraphoptError, ProgramFormatError, VerifyError
 from graphopt.ir.text.parser import parse_graph
 from graphopt.ir.text.printer import print_graph
 from graphopt.ir.verify import verify
-from graphopt.program import Program
+from graphopt.program.program import Program
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.capture import capture
+from graphopt.errors import BackendError
 
 Rule = Callable[[Tensor], Tensor]
 
@@ -73,6 +74,16 @@ NO_FLOATS: list[tuple[Rule, torch.dtype]] = [
 @pytest.mark.parametrize(("rule", "dtype"), NO_FLOATS)
 def test_complex_numbers_are_left_alone(rule: Rule, dtype: torch.dtype) -> None:
     assert "not-floats" in same(rule, torch.randn(3, 4).to(dtype))
+
+
+def test_attention_of_complex_numbers_is_left_alone() -> None:
+    """torch exports it, and refuses it as it runs."""
+    net = Net(lambda x: F.scaled_dot_product_attention(x, x, x)).eval()
+    x = torch.randn(1, 2, 3, 4).to(torch.complex64)
+    program = graphopt.compile(net, x, backend="reference")
+    assert "not-floats" in [r.code for r in program.report.rejections("fuse_attention")]
+    with pytest.raises(BackendError, match="not implemented for 'ComplexFloat'"):
+        program(x)
 
 
 def written(y: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from graphopt.passes.analysis.masks.meaning import (
 from graphopt.passes.analysis.masks.reshapes import bounded, limits
 from graphopt.passes.analysis.masks.scores import Factor, Unread, adds, read_scores
 from graphopt.passes.analysis.masks.values import MaskValues, axis, size_expr
-from graphopt.passes.base import Reject, not_floats
+from graphopt.passes.base import Reject
 from graphopt.passes.fuse.attention.folds import unfolded
 from graphopt.passes.fuse.attention.operands import (
     Operand,
@@ -208,9 +208,6 @@ def _site(
     if len(dtypes) != 1:
         text = f"queries, keys, values and result have dtypes {sorted(map(str, dtypes))}"
         return Reject("dtype-mix", text, down.last, "use one dtype")
-    complex_or_integer = not_floats("attention", down.last)
-    if complex_or_integer is not None:
-        return complex_or_integer
     return AttentionSite(
         down.last, q, k, v, scale, 0.0, sinks, MaskMeaning(), down.order, is_folded, is_flat
     )
