@@ -118,8 +118,9 @@ def test_kernels_of_the_last_graph(data: dict[str, Any]) -> None:
 
 
 def test_a_text_that_cannot_be_read_back_has_no_facts() -> None:
-    assert facts('gir 1\ngraph "g" captured\ninput %x : f32[2] user\nreturn %x\n', 1, 8) == []
-    assert facts("gir 1\n%0 : f32[2] = mine.op(%x)\n", 1, 8) == []
+    text = 'gir 1\ngraph "g" captured\ninput %x : f32[2] user\nreturn %x\n'
+    assert facts(text, 1, 8, "cpu") == []
+    assert facts("gir 1\n%0 : f32[2] = mine.op(%x)\n", 1, 8, "cpu") == []
 
 
 @pytest.mark.parametrize("size", [{"batch": 3}, {"sequence": 64}])
