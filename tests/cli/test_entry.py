@@ -34,6 +34,9 @@ def main():
         print("told")
 """
 
+# Whoever starts the tests may have interrupts ignored.
+DEFAULT = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+
 
 def run(folder: Path, before: str = "") -> subprocess.CompletedProcess[str]:
     script = f"{before}; from graphopt.cli import entry; entry.main()".lstrip("; ")
@@ -59,12 +62,12 @@ def package(folder: Path, cli: str) -> Path:
 
 
 def test_an_interrupt_while_it_imports_ends_it_quietly(tmp_path: Path) -> None:
-    done = run(package(tmp_path, SLOW_PACKAGE))
+    done = run(package(tmp_path, SLOW_PACKAGE), DEFAULT)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_an_interrupt_later_is_the_command_lines_matter(tmp_path: Path) -> None:
-    done = run(package(tmp_path, READY_PACKAGE))
+    done = run(package(tmp_path, READY_PACKAGE), DEFAULT)
     assert (done.returncode, done.stdout, done.stderr) == (0, "told\n", "")
 
 

@@ -257,7 +257,7 @@ class Compiles:
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)
         # What the first compilation imports is no part of the time of a case.
-        graphopt.compile(nn.Linear(2, 2).eval(), torch.ones(1, 2), backend="reference")
+        graphopt.compile(nn.Linear(2, 2).eval(), torch.ones(2, 2), backend="reference")
 
     def run(self, numbers: random.Random, folder: Path) -> int:
         torch.manual_seed(numbers.randrange(2**31))
