@@ -25,7 +25,7 @@ import sys
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from itertools import groupby
@@ -69,14 +69,14 @@ def main() -> int:
             _say(f"{area:8} {_described(mutant)}")
         return 0
     sandbox.warm_up()
-    tests = reach.record(folder / "reach", {area for area, _ in drawn}, _say)
+    recorded = reach.record(folder / "reach", {area for area, _ in drawn}, _say)
     known = _known()
     outcomes: list[Outcome] = []
     for number, (area, mutant) in enumerate(drawn, 1):
         started = time.monotonic()
         reason = known.get((mutant.path, mutant.line_text, mutant.change))
         if reason is None:
-            state, by, count = _tried(mutant, tests, options, folder)
+            state, by, count = _tried(mutant, recorded, options, folder)
         else:
             state, by, count = "equivalent", reason, 0
         outcomes.append(Outcome(area, mutant, state, by, count, time.monotonic() - started))
@@ -175,16 +175,16 @@ def _known() -> dict[tuple[str, str, str], str]:
 
 
 def _tried(
-    mutant: Mutant, tests: list[reach.Test], options: argparse.Namespace, folder: Path
+    mutant: Mutant, recorded: reach.Record, options: argparse.Namespace, folder: Path
 ) -> tuple[str, str, int]:
     source = (sources.ROOT / mutant.path).read_text()
-    nearest = reach.reaching(mutant, source, tests)
+    nearest = reach.reaching(mutant, source, recorded.tests)
     chosen = list(_within(nearest, options.budget))
     if not chosen:
         return "survived", "no test executes it", 0
     expected = sum(test.seconds for test in chosen)
     answer = sandbox.run(
-        lambda: _against(mutant, source, chosen, {test.name for test in tests}, folder),
+        lambda: _against(mutant, source, chosen, recorded.known, folder),
         folder / "mutant.log",
         options.timeout + 4 * expected,
     )
@@ -214,7 +214,7 @@ class _Chosen:
     Tests that are not known come first: they exist because of the mutant, which a test may be
     parametrised over."""
 
-    def __init__(self, names: list[str], known: set[str]) -> None:
+    def __init__(self, names: list[str], known: Collection[str]) -> None:
         self.order = {name: i for i, name in enumerate(names)}
         self.known = known
         self.failed = self.at_import = ""
@@ -241,7 +241,7 @@ class _Chosen:
 
 
 def _against(
-    mutant: Mutant, source: str, tests: list[reach.Test], known: set[str], folder: Path
+    mutant: Mutant, source: str, tests: list[reach.Test], known: Collection[str], folder: Path
 ) -> dict[str, object]:
     changed = mutant.apply(source)
     sources.Hook({mutant.path: lambda _: compile(changed, mutant.path, "exec")}).install()

@@ -1,7 +1,7 @@
 """Which tests to run for a mutant: those that execute its statement, the nearest first.
 
 A record of one test file says what its tests execute of the areas' files; it is kept, and made anew
-when the test file has changed. Statements are named by their text, so an edited source needs no new
+when the test file has changed, or an area has other files. Statements are named by their text, so an edited source needs no new
 record: a statement that no test knows is looked for by its function.
 
 What stands at module level (a table) every test executes that imports the module: all of them, the
@@ -45,29 +45,42 @@ class Test:
         return self.name.split("::")[0]
 
 
-def record(folder: Path, areas: Iterable[str], say: Callable[[str], None]) -> list[Test]:
+@dataclass(frozen=True, slots=True)
+class Record:
+    """tests: those that pass. known: names of all, also of what fails without a mutant."""
+
+    tests: tuple[Test, ...]
+    known: frozenset[str]
+
+
+def record(folder: Path, areas: Iterable[str], say: Callable[[str], None]) -> Record:
     """All tests for the areas; records the files that are new or have changed since."""
     folder.mkdir(parents=True, exist_ok=True)
     found: list[Test] = []
+    failed: list[str] = []
+    probed = [str(file) for area in sources.AREAS for file in sources.files(area)]
     for path in test_files(areas):
-        text = (sources.ROOT / path).read_bytes()
+        text = (sources.ROOT / path).read_bytes() + "\n".join(probed).encode()
         kept = folder / (path.replace("/", "-").removesuffix(".py") + ".json")
         digest = hashlib.sha256(text).hexdigest()
         data = json.loads(kept.read_text()) if kept.exists() else {}
         if data.get("digest") != digest:
             say(f"recording {path}")
             log = kept.with_suffix(".log")
-            work = functools.partial(_recorded, path, folder)
+            work = functools.partial(_recorded, path, probed, folder)
             data = sandbox.run(work, log, _SECONDS_TO_RECORD)
             if isinstance(data, str):
                 raise SystemExit(f"{path} could not be recorded ({data}); its output: {log}")
             data["digest"] = digest
             kept.write_text(json.dumps(data))
+        failed += data["failed"]
         keys, shared = data["keys"], [data["keys"][i] for i in data["shared"]]
         for name, (seconds, hits) in data["tests"].items():
             statements = frozenset([*(keys[i] for i in hits), *shared])
             found.append(Test(name, seconds, statements, len(hits)))
-    return found
+    for name in failed:
+        say(f"fails without a mutant, and is left out: {name}")
+    return Record(tuple(found), frozenset([*(test.name for test in found), *failed]))
 
 
 def test_files(areas: Iterable[str]) -> list[str]:
@@ -80,10 +93,9 @@ def test_files(areas: Iterable[str]) -> list[str]:
     return list(found)
 
 
-def _recorded(path: str, folder: Path) -> dict[str, Any]:
+def _recorded(path: str, probed: Iterable[str], folder: Path) -> dict[str, Any]:
     hits = probes.HITS
-    every = (str(file) for area in sources.AREAS for file in sources.files(area))
-    sources.Hook({file: probes.probed(file, hits) for file in every}).install()
+    sources.Hook({file: probes.probed(file, hits) for file in probed}).install()
     recorder = probes.Recorder()
     where = folder / "tmp" / str(os.getpid())
     where.mkdir(parents=True, exist_ok=True)
