@@ -1,8 +1,8 @@
 """Which tests to run for a mutant: those that execute its statement, the nearest first.
 
 A record of one test file says what its tests execute of the areas' files; it is kept, and made anew
-when the test file has changed, or an area has other files. Statements are named by their text, so an edited source needs no new
-record: a statement that no test knows is looked for by its function.
+when the test file has changed, or an area has other files. Statements are named by their text, so
+an edited source needs no new record: a statement that no test knows is looked for by its function.
 
 What stands at module level (a table) every test executes that imports the module: all of them, the
 nearest first.
